@@ -1,0 +1,1 @@
+"""Running Groundswell: topics, and the local stack of real servers."""
