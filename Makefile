@@ -14,8 +14,6 @@ SETUP := .venv/.installed
 GEN := gen/.generated
 # Folders are listed too: removing a proto touches its folder, so stale code goes away.
 PROTO_INPUTS := $(shell find protos -type d -o -type f -name '*.proto' 2>/dev/null)
-# google/* comes with googleapis-common-protos and protobuf; generating it again would shadow the installed packages.
-PROTOS := $(shell find protos -type f -name '*.proto' -not -path 'protos/third_party/google/*' 2>/dev/null)
 CHECKED := $(wildcard libs services clients deploy)
 
 .PHONY: help setup lock gen up down status clean logs demo test test-unit test-contract test-integration test-e2e bench lint format
@@ -37,10 +35,5 @@ lock: ## resolve requirements.in again into requirements.lock
 
 gen: $(GEN) ## generate Python from protos/ into gen/ (only when a proto changed)
 
-$(GEN): $(SETUP) $(PROTO_INPUTS)
-	@work=.venv/gen.$$$$; rm -rf $$work; mkdir -p $$work; \
-	common=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	third=; test ! -d protos/third_party || third=-Iprotos/third_party; \
-	if test -n "$(PROTOS)"; then PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) -m grpc_tools.protoc $$third -Iprotos -I$$common \
-		--python_out=$$work --grpc_python_out=$$work --mypy_out=quiet:$$work --mypy_grpc_out=quiet:$$work $(PROTOS); fi; \
-	touch $$work/.generated; rm -rf gen; mv $$work gen
+$(GEN): $(SETUP) $(PROTO_INPUTS) deploy/gen.py
+	@$(PY) deploy/gen.py
