@@ -1,0 +1,72 @@
+"""The services as processes: one table, in the order they start."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+from deploy.local.credentials import S3Credentials
+from deploy.local.settings import Settings
+from deploy.local.specs import GrpcProbe, HttpProbe, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A process of ours. `stage`: what it needs at start is in the stages before."""
+
+    name: str
+    module: str
+    stage: int
+
+
+SERVICES = (
+    Service("registry", "services.registry", 1),
+    Service("pki", "services.pki", 1),
+    Service("artifacts", "services.artifacts", 2),
+    Service("releases", "services.releases", 2),
+    Service("rollout", "services.rollout", 2),
+    Service("webhooks", "services.webhooks", 2),
+    Service("worker", "services.rollout.worker", 3),
+    Service("gateway", "services.gateway", 3),
+)
+
+
+def service_environment(settings: Settings, credentials: S3Credentials) -> dict[str, str]:
+    """What a service, and the commands run beside it, find in the environment."""
+    return {
+        **os.environ,
+        **settings.environment,
+        "GROUNDSWELL_S3_ACCESS_KEY": credentials.access_key,
+        "GROUNDSWELL_S3_SECRET_KEY": credentials.secret_key,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def service_specs(settings: Settings, credentials: S3Credentials) -> tuple[Spec, ...]:
+    """Every service of the table."""
+    environment = service_environment(settings, credentials)
+    return tuple(_spec(service, settings, environment) for service in SERVICES)
+
+
+def _spec(service: Service, settings: Settings, environment: dict[str, str]) -> Spec:
+    probe: GrpcProbe | HttpProbe
+    if service.name in ("gateway", "worker"):
+        health = environment[f"GROUNDSWELL_{service.name.upper()}_HEALTH"]
+        addresses = [health]
+        probe = HttpProbe(f"http://{health}/healthz")
+        if service.name == "gateway":
+            addresses.append(environment["GROUNDSWELL_GATEWAY_LISTEN"])
+    else:
+        internal = environment[f"GROUNDSWELL_{service.name.upper()}_INTERNAL"]
+        addresses = [internal, environment[f"GROUNDSWELL_{service.name.upper()}_PUBLIC"]]
+        probe = GrpcProbe(internal, str(settings.tls_dir), service.name)
+    return Spec(
+        name=service.name,
+        argv=(sys.executable, "-m", service.module),
+        cwd=str(settings.root),
+        env=environment,
+        ports=tuple(int(address.rpartition(":")[2]) for address in addresses),
+        stage=service.stage,
+        probe=probe,
+    )
