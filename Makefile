@@ -15,11 +15,14 @@ GEN := gen/.generated
 # Folders are listed too: removing a proto touches its folder, so stale code goes away.
 PROTO_INPUTS := $(shell find protos -type d -o -type f -name '*.proto' 2>/dev/null)
 CHECKED := $(wildcard libs services clients deploy)
+FORMATTED := $(wildcard libs services clients deploy tests bench demo)
+BUF_CONFIG := $(firstword $(wildcard protos/buf.yaml buf.yaml))
 
-.PHONY: help setup lock gen up down status clean logs demo test test-unit test-contract test-integration test-e2e bench lint format
+.PHONY: help setup lock gen up down status clean logs demo test test-unit test-contract test-integration test-e2e \
+	bench lint format
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(SETUP) ## make .venv from requirements.lock
 
@@ -37,3 +40,51 @@ gen: $(GEN) ## generate Python from protos/ into gen/ (only when a proto changed
 
 $(GEN): $(SETUP) $(PROTO_INPUTS) deploy/gen.py
 	@$(PY) deploy/gen.py
+
+READY := $(SETUP) $(GEN)
+
+up: $(READY) ## start Kafka, Redis, S3 and all services; wait until they are ready
+	@$(PY) -m deploy.local up $(if $(SERVERS_ONLY),--servers-only)
+
+down: $(SETUP) ## end exactly what `make up` started
+	@$(PY) -m deploy.local down
+
+status: $(SETUP) ## one line a process
+	@$(PY) -m deploy.local status
+
+clean: $(SETUP) ## down, and remove the data
+	@$(PY) -m deploy.local clean
+
+logs: $(SETUP) ## the end of the logs (L="registry kafka" for some, FOLLOW=1 to go on)
+	@$(PY) -m deploy.local logs $(if $(FOLLOW),--follow) $(L)
+
+demo: up ## a rollout to a simulated fleet, from outside
+	@$(PY) -m demo
+
+test: $(READY) ## every test, one summary (T=path for some)
+	@$(PYTEST) $(or $(T),tests)
+
+test-unit: $(READY) ## tests that need no server
+	@$(PYTEST) $(or $(T),$(wildcard tests/unit tests/simulation))
+
+test-contract: $(READY) ## every adapter against the contract of its port
+	@$(PYTEST) $(or $(T),tests/contract)
+
+test-integration: $(READY) ## tests against the real servers
+	@$(PYTEST) $(or $(T),tests/integration)
+
+test-e2e: $(READY) ## all services, from outside
+	@$(PYTEST) $(or $(T),tests/e2e)
+
+bench: $(READY) ## benchmarks, each a ratio against a bare baseline of the same run
+	@$(PY) -m bench
+
+lint: $(READY) ## ruff, mypy --strict, buf lint
+	@$(PY) -m ruff check $(FORMATTED)
+	@$(PY) -m ruff format --check $(FORMATTED)
+	@$(PY) -m mypy --strict $(CHECKED)
+	@if test -f gen/image.binpb; then .venv/bin/buf lint gen/image.binpb $(if $(BUF_CONFIG),--config $(BUF_CONFIG)); fi
+
+format: $(SETUP) ## apply what ruff can
+	@$(PY) -m ruff check --fix $(FORMATTED)
+	@$(PY) -m ruff format $(FORMATTED)

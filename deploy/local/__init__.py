@@ -1,1 +1,1 @@
-"""The local stack: real Kafka, Redis and S3 as ordinary processes on loopback, and the services over them, supervised."""
+"""The local stack: real Kafka, Redis and S3 as ordinary processes on loopback, and our services, supervised."""

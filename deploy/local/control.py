@@ -17,13 +17,13 @@ import msgspec
 from aiokafka.errors import KafkaError
 
 from deploy.local import pids, supervisor
-from deploy.local.credentials import S3Credentials, ensure_all
+from deploy.local.credentials import S3Credentials, ensure_all, s3_credentials
 from deploy.local.errors import StackError
 from deploy.local.files import check_room, write
 from deploy.local.servers import server_specs
 from deploy.local.services import service_environment, service_specs
 from deploy.local.settings import Settings
-from deploy.local.specs import KafkaProbe, RedisProbe, S3Probe, Spec, is_ready, s3_client
+from deploy.local.specs import KafkaProbe, Probe, RedisProbe, S3Probe, Spec, is_ready, s3_client
 from deploy.local.supervisor import Desired, State
 from deploy.topics import TopicMismatchError, ensure_topics
 
@@ -43,7 +43,7 @@ def up(settings: Settings, *, servers_only: bool = False, say: Say = print) -> N
     with _one_at_a_time(settings):
         credentials = ensure_all(settings)
         fresh = start(settings, server_specs(settings, credentials, say), say=say)
-        _check_external(settings, credentials)
+        await_external(settings, credentials)
         _deploy(settings, credentials, say)
         if not servers_only:
             fresh = [*fresh, *start(settings, service_specs(settings, credentials), say=say)]
@@ -53,9 +53,7 @@ def up(settings: Settings, *, servers_only: bool = False, say: Say = print) -> N
             say(line)
 
 
-def start(
-    settings: Settings, specs: tuple[Spec, ...], *, say: Say = print, within: float = READY_WITHIN
-) -> list[str]:
+def start(settings: Settings, specs: tuple[Spec, ...], *, say: Say = print, within: float = READY_WITHIN) -> list[str]:
     """Have the supervisor run these too; return once all are ready, with the names that were not running before.
 
     What could not be started is ended again, so that the next `up` begins from a clean place.
@@ -255,20 +253,22 @@ def _end(settings: Settings, names: list[str]) -> list[str]:
     return ended
 
 
-def _check_external(settings: Settings, credentials: S3Credentials) -> None:
-    """A server that is somebody else's must answer too, and within seconds."""
-    probes = {
+def await_external(settings: Settings, credentials: S3Credentials | None = None, within: float = 30.0) -> None:
+    """Wait for the servers that are somebody else's: they must answer their protocol too, or be named."""
+    credentials = credentials or s3_credentials(settings)
+    probes: dict[str, Probe] = {
         "GROUNDSWELL_KAFKA": KafkaProbe(settings.kafka),
         "GROUNDSWELL_REDIS": RedisProbe(settings.redis),
         "GROUNDSWELL_S3_ENDPOINT": S3Probe(
             settings.s3, settings.bucket, credentials.access_key, credentials.secret_key
         ),
     }
+    deadline = time.monotonic() + within
     for variable, probe in probes.items():
-        if settings.is_external(variable):
-            answer = asyncio.run(is_ready(probe))
-            if answer:
+        while settings.is_external(variable) and (answer := asyncio.run(is_ready(probe))):
+            if time.monotonic() > deadline:
                 raise StackError(f"{variable}={settings.overrides[variable]} does not answer ({answer})")
+            time.sleep(_POLL)
 
 
 def _deploy(settings: Settings, credentials: S3Credentials, say: Say) -> None:

@@ -63,7 +63,9 @@ def s3_credentials(settings: Settings) -> S3Credentials:
     if given[0] and given[1]:
         return S3Credentials(given[0], given[1])
     if settings.is_external("GROUNDSWELL_S3_ENDPOINT"):
-        raise StackError("GROUNDSWELL_S3_ENDPOINT is set: set GROUNDSWELL_S3_ACCESS_KEY and GROUNDSWELL_S3_SECRET_KEY too")
+        raise StackError(
+            "GROUNDSWELL_S3_ENDPOINT is set: set GROUNDSWELL_S3_ACCESS_KEY and GROUNDSWELL_S3_SECRET_KEY too"
+        )
     path = settings.local_dir / "s3.json"
     made = S3Credentials(secrets.token_hex(10), secrets.token_hex(20))
     _ensure_file(path, lambda: msgspec.json.encode(made))
@@ -187,9 +189,7 @@ def _is_old(certificate: x509.Certificate) -> bool:
 
 
 def _write_pair(folder: Path, name: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write(folder / f"{name}.key", pem)
     write(folder / f"{name}.pem", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
 

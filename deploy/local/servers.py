@@ -193,7 +193,9 @@ def _java(say: Say) -> str:
     found = re.search(r'version "(\d+)', text)
     if not found or int(found[1]) < _JAVA_AT_LEAST:
         version = text.splitlines()[0] if text else "no version"
-        raise StackError(f"Java {_JAVA_AT_LEAST} or newer is needed and {java} says {version}: install one, set JAVA_HOME")
+        raise StackError(
+            f"Java {_JAVA_AT_LEAST} or newer is needed and {java} says {version}: install one, set JAVA_HOME"
+        )
     return java
 
 

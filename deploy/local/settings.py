@@ -158,7 +158,7 @@ def load(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Setting
     base = environ.get("GROUNDSWELL_PORT_BASE") or str(PORT_BASE)
     if not base.isdigit() or not 1024 <= int(base) <= 65535 - SPAN:
         raise StackError(
-            f"GROUNDSWELL_PORT_BASE={base} is not usable: give a number from 1024 to {65535 - SPAN}, such as {PORT_BASE}"
+            f"GROUNDSWELL_PORT_BASE={base} is not usable: give one from 1024 to {65535 - SPAN}, such as {PORT_BASE}"
         )
     local_dir = root / (environ.get("GROUNDSWELL_LOCAL_DIR") or LOCAL_DIR)
     stack = Settings(root, local_dir, Path(environ.get("GROUNDSWELL_JARS_DIR") or local_dir / "jars"), int(base))

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import datetime
 import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -276,6 +277,8 @@ def main(local_dir: Path) -> int:
             print("another supervisor runs", file=sys.stderr)
             return 1
         pids.record(run_dir, NAME, os.getpid())
+        # A probe that fails is the answer "not yet"; the client libraries would write a line for each.
+        logging.getLogger().addHandler(logging.NullHandler())
         asyncio.run(Supervisor(run_dir, logs_dir).run())
         pids.forget(run_dir, NAME)
     return 0

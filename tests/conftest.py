@@ -1,0 +1,80 @@
+"""Fixtures every test may use: real servers, a fresh corner of each."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deploy.local.specs import s3_client
+from deploy.topics import ensure_topics
+from tests.servers import Servers, running
+
+_KINDS = ("unit", "contract", "simulation", "integration", "e2e")
+_HERE = Path(__file__).resolve().parent
+PARTITIONS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaEnv:
+    """A broker and a prefix of topics that nobody else uses."""
+
+    bootstrap: str
+    env: str
+    partitions: int
+
+
+@dataclass(frozen=True, slots=True)
+class S3:
+    """An object store and a bucket that nobody else uses."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    bucket: str
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's kind is the folder it is in."""
+    for item in items:
+        if item.path.is_relative_to(_HERE):
+            kind = item.path.relative_to(_HERE).parts[0]
+            if kind in _KINDS:
+                item.add_marker(kind)
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    """Real Kafka, Redis and S3: from the environment, from containers, or the tests' own local stack."""
+    with running(os.environ) as found:
+        yield found
+
+
+@pytest.fixture
+def env_prefix() -> str:
+    """A prefix (GROUNDSWELL_ENV) that no other test uses."""
+    return f"t{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+async def kafka_env(servers: Servers, env_prefix: str) -> KafkaEnv:
+    """A fresh prefix with all topics of an installation."""
+    await ensure_topics(servers.kafka, env_prefix, PARTITIONS)
+    return KafkaEnv(servers.kafka, env_prefix, PARTITIONS)
+
+
+@pytest.fixture
+def redis_url(servers: Servers) -> str:
+    """Redis; shared, so use keys under a prefix of your own (`env_prefix`)."""
+    return servers.redis
+
+
+@pytest.fixture
+def s3(servers: Servers, env_prefix: str) -> S3:
+    """A fresh bucket."""
+    s3_client(servers.s3_endpoint, servers.s3_access_key, servers.s3_secret_key).make_bucket(env_prefix)
+    return S3(servers.s3_endpoint, servers.s3_access_key, servers.s3_secret_key, env_prefix)
