@@ -22,7 +22,7 @@ from deploy.local import control
 from deploy.local.credentials import s3_credentials
 from deploy.local.settings import ROOT, Settings, load
 
-TEST_PORT_BASE = 29000
+TEST_PORTS_FROM_BASE = 10000  # 29000 by default; GROUNDSWELL_PORT_BASE moves it along with the stack
 KEEP = "GROUNDSWELL_KEEP_TEST_SERVERS"
 ADDRESSES = (
     "GROUNDSWELL_KAFKA",
@@ -90,8 +90,9 @@ def engine_answers() -> bool:
 
 def local_settings(root: Path = ROOT) -> Settings:
     """A stack of the tests' own, beside the one of `make up`, with the jars shared."""
-    parent = load({name: os.environ[name] for name in ("GROUNDSWELL_LOCAL_DIR",) if name in os.environ}, root)
-    return Settings(root, parent.local_dir / "test", parent.local_dir / "jars", TEST_PORT_BASE)
+    names = ("GROUNDSWELL_LOCAL_DIR", "GROUNDSWELL_PORT_BASE")
+    parent = load({name: os.environ[name] for name in names if name in os.environ}, root)
+    return Settings(root, parent.local_dir / "test", parent.local_dir / "jars", parent.port_base + TEST_PORTS_FROM_BASE)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ Say = Callable[[str], None]
 
 READY_WITHIN = 90.0
 _PATIENCE = 15.0
+_BOOTSTRAP_WITHIN = 60.0
 _POLL = 0.05
 _TAIL_LINES = 20
 # What `clean` removes: everything but the jars, which hold nothing of anybody's and take a while to fetch.
@@ -60,7 +61,7 @@ def start(settings: Settings, specs: tuple[Spec, ...], *, say: Say = print, with
     """
     for folder in (settings.run_dir, settings.logs_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    before = supervisor.read_desired(settings.run_dir)
+    before = _current(settings)
     running = {spec.name for spec in specs if pids.recorded(settings.run_dir, spec.name)}
     # With a live supervisor a known process that is down just now is in its hands: its port is not somebody else's.
     watched = {spec.name for spec in before.specs} if _supervisor(settings) else set()
@@ -156,6 +157,15 @@ def describe(settings: Settings, *, servers_only: bool) -> list[str]:
         lines.append(f"{'gateway':10} {environment['GROUNDSWELL_GATEWAY_LISTEN']}")
     lines.append(f"logs {settings.logs_dir}")
     return lines
+
+
+def _current(settings: Settings) -> Desired:
+    """What is wanted now. Without a supervisor (a reboot, say) only what still runs: the rest is long forgotten."""
+    desired = supervisor.read_desired(settings.run_dir)
+    if _supervisor(settings):
+        return desired
+    alive = tuple(spec for spec in desired.specs if pids.recorded(settings.run_dir, spec.name))
+    return Desired(desired.generation, alive)
 
 
 def _check_ports(specs: list[Spec]) -> None:
@@ -289,15 +299,18 @@ def _deploy(settings: Settings, credentials: S3Credentials, say: Say) -> None:
 def _bootstrap(settings: Settings, credentials: S3Credentials) -> None:
     """The first platform key, into the command line's profile."""
     command = [sys.executable, "-m", "services.registry.bootstrap"]
-    done = subprocess.run(
-        command,
-        cwd=settings.root,
-        env=service_environment(settings, credentials),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    try:
+        done = subprocess.run(
+            command,
+            cwd=settings.root,
+            env=service_environment(settings, credentials),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_BOOTSTRAP_WITHIN,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StackError(f"the platform bootstrap took over {_BOOTSTRAP_WITHIN:g} s: see `make logs`") from error
     if done.returncode != 0:
         raise StackError(
             f"the platform bootstrap failed (exit {done.returncode}); the services stay up, `make up` tries it again",

@@ -63,6 +63,9 @@ def kafka_properties(settings: Settings) -> str:
             # A dead leader is noticed after its session; a person (and a test) should not wait six seconds for that.
             "group.min.session.timeout.ms": "1000",
             "group.initial.rebalance.delay.ms": "0",
+            # A broker that was killed may register again only when its old session is over (nine seconds by default).
+            "broker.session.timeout.ms": "2000",
+            "broker.heartbeat.interval.ms": "500",
             # Open transactions of the dead hold back every read_committed reader until they are ended.
             "transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000",
         }

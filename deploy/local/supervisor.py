@@ -169,7 +169,7 @@ class Supervisor:
                     process.state, process.was_ready = "starting", True
                     self._say(f"{spec.name}: found running, pid {process.seen.pid}")
             elif process.state == "failed":
-                process.state = "waiting"
+                process.spec, process.state = spec, "waiting"
         self.generation = desired.generation
 
     def _step(self, process: _Process) -> None:

@@ -133,6 +133,14 @@ def test_what_a_killed_supervisor_left_is_adopted_and_still_watched(stack: Setti
     _await(lambda: _status(stack, "one").restarts == 1 and _status(stack, "one").state == "ready")
 
 
+def test_what_was_wanted_before_a_reboot_is_not_started_again(stack: Settings) -> None:
+    control.start(stack, (_spec(stack, "one"), _spec(stack, "two")), say=_quiet)
+    ended = [pids.recorded(stack.run_dir, name) for name in (supervisor.NAME, "one", "two")]
+    pids.end([process for process in ended if process], patience=10)
+    control.start(stack, (_spec(stack, "two"),), say=_quiet)
+    assert [status.name for status in supervisor.read_state(stack.run_dir).processes] == ["two"]
+
+
 def test_down_needs_no_supervisor(stack: Settings) -> None:
     control.start(stack, (_spec(stack, "one"),), say=_quiet)
     process = pids.recorded(stack.run_dir, "one")
