@@ -1,0 +1,1 @@
+"""The device edge: terminates mutual TLS, resolves, publishes check-ins and hands out downloads. It owns nothing."""

@@ -1,0 +1,135 @@
+"""Who is at the other end of a device connection.
+
+Rules (protocols.md section 3, docs/device-api.md):
+
+* The listener chooses the organization by SNI, ``<organization>.<gateway-domain>``; only that organization's active CAs
+  are anchors of the handshake. An unknown name ends it with ``unrecognized_name``.
+* A device is known by the SHA-256 of its leaf, never by anything it says about itself.
+* Expired leaves pass the handshake (``X509_V_FLAG_NO_CHECK_TIME``) and are judged here, so that the device is told why.
+* A leaf of an unknown CA dies in the handshake; it is counted and logged with OpenSSL's verify code, and the wire says no more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import ssl
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from libs.errors import PermissionDeniedError
+
+log = logging.getLogger(__name__)
+
+NO_CHECK_TIME: Final = 0x200000
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which the ssl module does not name."""
+
+_LOG_INTERVAL_S: Final = 5.0
+"""At most one log line per verify code in this time: a flood of strangers must not fill the disk."""
+
+
+class HandshakeFailures:
+    """Counts handshakes that died, by OpenSSL verify code; logs a sample of each."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.counts: Counter[int] = Counter()
+        self._clock = clock
+        self._last_logged: dict[int, float] = {}
+
+    def record(self, organization: str, verify_code: int, message: str) -> None:
+        """Count one failed verification."""
+        self.counts[verify_code] += 1
+        now = self._clock()
+        if now - self._last_logged.get(verify_code, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
+            self._last_logged[verify_code] = now
+            log.warning(
+                "handshake refused: organization=%s verify_code=%d count=%d %s",
+                organization or "-",
+                verify_code,
+                self.counts[verify_code],
+                message,
+            )
+
+
+class _OrganizationContext(ssl.SSLContext):
+    """A server context that remembers whose devices it admits."""
+
+    organization: str = ""
+
+
+class DeviceTls:
+    """Builds the listener's context and keeps one context per organization in step with its CAs."""
+
+    def __init__(self, certificate: str, key: str, domain: str, failures: HandshakeFailures) -> None:
+        self._certificate = certificate
+        self._key = key
+        self._suffix = f".{domain}"
+        self._failures = failures
+        self._contexts: dict[str, _OrganizationContext] = {}
+        self._anchors: dict[str, tuple[bytes, ...]] = {}
+        self.context: Final = self._make("", ())
+        self.context.sni_callback = self._choose
+
+    def set_anchors(self, organization: str, ders: tuple[bytes, ...]) -> None:
+        """Use exactly these CA certificates for new handshakes of the organization."""
+        if self._anchors.get(organization) == ders:
+            return
+        self._anchors[organization] = ders
+        self._contexts[organization] = self._make(organization, ders)
+
+    def _make(self, organization: str, ders: tuple[bytes, ...]) -> _OrganizationContext:
+        context = _OrganizationContext(ssl.PROTOCOL_TLS_SERVER)
+        context.organization = organization
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self._certificate, self._key)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags = ssl.VerifyFlags(ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME)
+        if ders:
+            context.load_verify_locations(cadata=b"".join(ders))
+        context.sslobject_class = self._counting_class()
+        return context
+
+    def _counting_class(self) -> type[ssl.SSLObject]:
+        failures = self._failures
+
+        class CountingSSLObject(ssl.SSLObject):
+            def do_handshake(self) -> None:
+                try:
+                    super().do_handshake()
+                except ssl.SSLCertVerificationError as error:
+                    failures.record(organization_of_socket(self), error.verify_code, error.verify_message)
+                    raise
+
+        return CountingSSLObject
+
+    def _choose(self, ssl_object: ssl.SSLObject, server_name: str | None, _: ssl.SSLContext) -> int | None:
+        name = (server_name or "").lower()
+        organization = name.removesuffix(self._suffix) if name.endswith(self._suffix) else ""
+        context = self._contexts.get(organization)
+        if context is None:
+            return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+        ssl_object.context = context
+        return None
+
+
+def organization_of_socket(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> str:
+    """Organization chosen by SNI for this connection."""
+    return getattr(ssl_object.context, "organization", "")
+
+
+def fingerprint_of(der: bytes) -> str:
+    """Lowercase hex SHA-256 of a certificate."""
+    return hashlib.sha256(der).hexdigest()
+
+
+REVOKED_REASONS: Final[Mapping[str, str]] = {
+    "STATE_REVOKED": "CERTIFICATE_REVOKED",
+    "STATE_REFUSED": "CERTIFICATE_REFUSED",
+}
+
+
+def refuse_identity(reason: str, message: str, **metadata: object) -> PermissionDeniedError:
+    """The device is known well enough to be told why it is refused."""
+    return PermissionDeniedError(reason, message, **metadata)
