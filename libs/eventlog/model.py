@@ -207,3 +207,7 @@ class Snapshot:
     token: Token
     versions: Mapping[str, int] = field(default_factory=dict)
     """Aggregate versions (etags)."""
+    open_tasks: Mapping[str, Task] = field(default_factory=dict)
+    """Outgoing work that is not done yet, by task id; for diagnostics."""
+    parked: frozenset[str] = frozenset()
+    """Foreign resources whose last record is not understood."""

@@ -1,0 +1,167 @@
+"""Facts from elsewhere: foreign public records of one led partition, taken in through the own log.
+
+Reading starts at the watermark in the committed state, so a new leader goes on exactly where the log says, and what is
+delivered twice is recognised. A record is never dropped: what is not understood is parked, and read again at each
+claim.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Generic, TypeVar
+
+from libs.errors import GroundswellError
+from libs.eventlog.codec import LOG_ID, header
+from libs.eventlog.config import RuntimeConfig
+from libs.eventlog.deadline import monotonic
+from libs.eventlog.leader import Leadership
+from libs.eventlog.ports import EventLog, Record, Tail, TopicPartition
+from libs.eventlog.work import ForeignWork
+
+logger = logging.getLogger(__name__)
+
+S = TypeVar("S")
+
+
+class SourceResetError(Exception):
+    """A foreign log was made anew: what was taken from the old one cannot be reconciled by waiting."""
+
+
+class LagMeter:
+    """When a reader last held everything that was committed, by read-committed ends.
+
+    One end per source is pursued at a time: a reader that is milliseconds behind a busy log reaches each end it was
+    given, while comparing it with an ever newer end would call it stale for ever.
+    """
+
+    __slots__ = ("_pursued", "_reached_at")
+
+    def __init__(self, sources: Sequence[TopicPartition]) -> None:
+        self._pursued: dict[TopicPartition, tuple[float, int] | None] = dict.fromkeys(sources)
+        self._reached_at: dict[TopicPartition, float] = dict.fromkeys(sources, -math.inf)
+
+    def measured(self, at: float, ends: Mapping[TopicPartition, int]) -> None:
+        """The ends as they were, at the earliest, at `at`."""
+        for source, end in ends.items():
+            if source in self._pursued and self._pursued[source] is None:
+                self._pursued[source] = (at, end)
+
+    def reached(self, source: TopicPartition, position: int) -> None:
+        """Everything below `position` is taken in."""
+        pursued = self._pursued[source]
+        if pursued is not None and position >= pursued[1]:
+            self._reached_at[source] = pursued[0]
+            self._pursued[source] = None
+
+    def lag(self, source: TopicPartition | None = None) -> float:
+        """Seconds since one source (or the worst) was last known to be reached; infinite before the first time."""
+        if not self._reached_at:
+            return 0.0
+        oldest = min(self._reached_at.values()) if source is None else self._reached_at[source]
+        return max(0.0, monotonic() - oldest)
+
+
+class Inbox(Generic[S]):
+    """Feeds one leadership's queue from all sources."""
+
+    def __init__(self, leadership: Leadership[S], log: EventLog, config: RuntimeConfig) -> None:
+        self._leadership = leadership
+        self._log = log
+        self._config = config
+        self._sources = [
+            TopicPartition(topic, leadership.partition) for topic in leadership.replica.schema.source_types
+        ]
+        self.meter = LagMeter(self._sources)
+        self.problem = ""
+        self._tail: Tail | None = None
+
+    async def run(self) -> None:
+        """Until cancelled. A failure is retried from the watermark, which is in the log."""
+        if not self._sources:
+            return
+        pause = self._config.retry_first_s
+        while True:
+            try:
+                await self._reread_parked()
+                await self._follow()
+            except SourceResetError as error:
+                self.problem = str(error)
+                logger.error("inbox of %s/%d: %s", self._service, self._leadership.partition, error)  # noqa: TRY400
+            except GroundswellError as error:
+                self.problem = str(error)
+            except Exception as error:
+                self.problem = f"{type(error).__name__}: {error}"
+                logger.exception("inbox of %s/%d failed", self._service, self._leadership.partition)
+            if not self._leadership.serving:
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, self._config.retry_most_s)
+
+    @property
+    def _service(self) -> str:
+        return self._leadership.replica.service
+
+    def start_position(self, source: TopicPartition) -> int:
+        """First position not taken in yet. Seeking into a gap is harmless; comparing with it would not be."""
+        mark = self._leadership.replica.state.inbox.get((source.topic, source.partition))
+        return 0 if mark is None else mark.position + 1
+
+    async def _reread_parked(self) -> None:
+        for (topic, _), parked in list(self._leadership.replica.state.parked.items()):
+            if topic not in self._leadership.replica.schema.source_types:
+                continue
+            source = TopicPartition(topic, parked.partition)
+            tail = await self._log.open_tail({source: parked.position})
+            try:
+                records: Sequence[Record] = ()
+                while not records:
+                    records = await tail.fetch(1.0)
+            finally:
+                await tail.close()
+            if records[0].position == parked.position:
+                await self._enter([records[0]], again=True)
+
+    async def _follow(self) -> None:
+        tail = await self._log.open_tail({source: self.start_position(source) for source in self._sources})
+        measuring = asyncio.create_task(self._measure())
+        try:
+            while True:
+                records = await tail.fetch(self._config.lag_every_s)
+                for start in range(0, len(records), self._config.inbox_chunk):
+                    await self._enter(records[start : start + self._config.inbox_chunk])
+                self.problem = ""
+                for source in self._sources:
+                    self.meter.reached(source, tail.position(source))
+                if measuring.done():
+                    measuring.result()
+        finally:
+            measuring.cancel()
+            await tail.close()
+
+    async def _enter(self, records: Sequence[Record], *, again: bool = False) -> None:
+        works = []
+        for record in records:
+            self._check_log(record)
+            work: ForeignWork[S] = ForeignWork(record, again=again)
+            self._leadership.enqueue(work)
+            works.append(work)
+        for work in works:
+            await work.done
+
+    def _check_log(self, record: Record) -> None:
+        mark = self._leadership.replica.state.inbox.get((record.topic, record.partition))
+        log_id = header(record, LOG_ID).decode("utf-8", "replace")
+        if mark is not None and mark.log_id and log_id and mark.log_id != log_id:
+            raise SourceResetError(
+                f"{record.topic}/{record.partition} is now log {log_id}; this service has taken in {mark.log_id}: "
+                "restore the old log, or rebuild this service"
+            )
+
+    async def _measure(self) -> None:
+        while True:
+            at = monotonic()
+            self.meter.measured(at, await self._log.end_positions(self._sources))
+            await asyncio.sleep(self._config.lag_every_s)

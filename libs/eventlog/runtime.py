@@ -1,0 +1,484 @@
+"""The runtime of a service: one tail for all partitions, one election, one leadership per assigned partition.
+
+Background tasks are supervised: the unexpected end of any of them makes `health().live` false, because a process that
+has silently stopped electing or tailing looks healthy and is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+from libs.errors import FailedPreconditionError, UnavailableError
+from libs.eventlog.chores import TaskRunner, TimerRunner, back_off
+from libs.eventlog.config import (
+    Health,
+    PartitionHealth,
+    RuntimeConfig,
+    TaskHandler,
+    events_topic,
+    partition_of,
+    public_topic,
+)
+from libs.eventlog.deadline import Deadline, monotonic
+from libs.eventlog.inbox import Inbox
+from libs.eventlog.leader import RESIGNATIONS, ClaimFailedError, Leadership, outcome_unknown
+from libs.eventlog.model import Command, Committed, Domain, Snapshot, Token
+from libs.eventlog.ports import EventLog, LogError, TopicPartition
+from libs.eventlog.replica import Replica, not_caught_up
+from libs.eventlog.state import Schema
+from libs.eventlog.work import BeatWork, CommandWork, Work
+
+logger = logging.getLogger(__name__)
+
+S = TypeVar("S")
+
+_TAIL_WAIT_S = 1.0
+_LATE_MARKER_S = 2.0
+"""Private and public records of a transaction become visible at slightly different times."""
+
+
+class ConfigurationError(Exception):
+    """The installation does not fit this process; starting would split histories."""
+
+
+class Forwarder(Protocol):
+    """Passes a command on to the leader, at most one hop."""
+
+    async def __call__(self, address: str, command: Command, deadline: Deadline, /) -> Committed: ...
+
+
+class Seat(Generic[S]):
+    """One partition while the group assigns it to this process."""
+
+    __slots__ = ("assigned", "inbox", "leadership", "problem", "task")
+
+    def __init__(self) -> None:
+        self.assigned = True
+        self.leadership: Leadership[S] | None = None
+        self.inbox: Inbox[S] | None = None
+        self.problem = ""
+        self.task: asyncio.Task[None] | None = None
+
+
+class Runtime(Generic[S]):
+    """See the README of this package."""
+
+    leadership_type: type[Leadership[S]] = Leadership
+    inbox_type: type[Inbox[S]] = Inbox
+
+    def __init__(
+        self,
+        domain: Domain[S],
+        log: EventLog,
+        config: RuntimeConfig,
+        task_handlers: Mapping[str, TaskHandler] | None = None,
+        *,
+        forward: Forwarder | None = None,
+    ) -> None:
+        self.domain = domain
+        self.config = config
+        self.service = domain.service
+        self._log = log
+        self._handlers: Mapping[str, TaskHandler] = task_handlers or {}
+        self._forward = forward
+        self._topic = events_topic(config.env, domain.service)
+        self._schema: Schema[S] = Schema.of(domain, config.env, config.partitions)
+        self._replicas = [Replica(self._schema, domain.service, index) for index in range(config.partitions)]
+        self._seats: dict[int, Seat[S]] = {}
+        self._supervised: dict[str, asyncio.Task[None]] = {}
+        self._dead: list[str] = []
+        self._stopping = False
+        self._electing = False
+        self._killed = False
+
+    # Life.
+
+    async def start(self) -> None:
+        """Check the installation, then tail and stand for election in the background. Does not wait for either."""
+        await self._check_installation()
+        self._supervise("tail", self._keep_tailing)
+        self._supervise("election", self._keep_electing)
+
+    async def stop(self) -> None:
+        """Stop intake, finish the batches on their way, leave the group, stop reading."""
+        self._stopping = True
+        for seat in self._seats.values():
+            seat.assigned = False
+            if seat.leadership is not None:
+                seat.leadership.stop()
+        seats = [seat.task for seat in self._seats.values() if seat.task is not None]
+        if seats:
+            _, late = await asyncio.wait(seats, timeout=self.config.read_back_s)
+            await _cancel(*late)
+        await _cancel(*self._supervised.values())
+
+    async def kill(self) -> None:
+        """End as a crash would, finishing nothing and telling nobody; for simulations."""
+        self._stopping = self._killed = True
+        seats = [seat.task for seat in self._seats.values() if seat.task is not None]
+        await _cancel(*self._supervised.values(), *seats)
+
+    async def wait_ready(self, deadline: Deadline) -> None:
+        """Wait until every partition can be read."""
+        for replica in self._replicas:
+            while not replica.caught_up:
+                await replica.wait_change(deadline)
+
+    async def wait_leading(self, deadline: Deadline, partitions: Sequence[int] | None = None) -> None:
+        """Wait until this process leads the partitions (default: all of them)."""
+        wanted = range(self.config.partitions) if partitions is None else partitions
+        for partition in wanted:
+            while self._leader_of(partition) is None:
+                if deadline.expired:
+                    raise not_caught_up(self.service, partition)
+                await asyncio.sleep(0.005)
+
+    async def _check_installation(self) -> None:
+        sources = [public_topic(self.config.env, service) for service in self.domain.sources]
+        for topic in (self._topic, public_topic(self.config.env, self.service), *sources):
+            count = await self._log.partition_count(topic)
+            if count != self.config.partitions:
+                raise ConfigurationError(
+                    f"topic {topic} has {count} partitions, this process is set to {self.config.partitions}: "
+                    "run the topics deploy step, or correct GROUNDSWELL_PARTITIONS"
+                )
+
+    def _supervise(self, name: str, body: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        async def run() -> None:
+            await body()
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if self._supervised.get(name) is task:
+                del self._supervised[name]
+            if task.cancelled():
+                return
+            error = task.exception()
+            if error is not None:
+                logger.error("background task %s of %s died", name, self.service, exc_info=error)
+                self._dead.append(f"{name} died: {type(error).__name__}: {error}")
+
+        task = asyncio.create_task(run(), name=f"{self.service}-{name}")
+        self._supervised[name] = task
+        task.add_done_callback(ended)
+        return task
+
+    # Reading the own log.
+
+    async def _keep_tailing(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._tail()
+            except LogError as error:
+                failures += 1
+                logger.warning("reading %s failed: %s", self._topic, error)
+            await asyncio.sleep(back_off(0.05, 2.0, failures))
+
+    async def _tail(self) -> None:
+        places = [TopicPartition(self._topic, replica.partition) for replica in self._replicas]
+        tail = await self._log.open_tail(
+            {place: replica.next_position for place, replica in zip(places, self._replicas, strict=True)}
+        )
+        try:
+            ends = await self._log.end_positions(places)
+            reading = list(zip(places, self._replicas, strict=True))
+            while True:
+                for place, replica in reading:
+                    if not replica.caught_up and tail.position(place) >= ends[place]:
+                        replica.mark_caught_up()
+                records = await tail.fetch(_TAIL_WAIT_S)
+                start = 0
+                while start < len(records):
+                    partition = records[start].partition
+                    stop = start + 1
+                    while stop < len(records) and records[stop].partition == partition:
+                        stop += 1
+                    self._replicas[partition].feed(records[start:stop])
+                    start = stop
+                for place, replica in reading:
+                    replica.next_position = tail.position(place)
+        finally:
+            await tail.close()
+
+    # Leading.
+
+    async def _keep_electing(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._elect()
+            except LogError as error:
+                failures += 1
+                logger.warning("election of %s failed: %s", self.service, error)
+            self._assign(frozenset())
+            await asyncio.sleep(back_off(0.05, 2.0, failures))
+
+    async def _elect(self) -> None:
+        election = await self._log.open_election(f"{self.config.env}.{self.service}.leaders", self._topic)
+        try:
+            while True:
+                self._assign(await election.changed())
+        finally:
+            if not self._killed:
+                await election.close()
+
+    def _assign(self, partitions: frozenset[int]) -> None:
+        self._electing = True
+        for partition, seat in self._seats.items():
+            if partition not in partitions and seat.assigned:
+                seat.assigned = False
+                if seat.leadership is not None:
+                    seat.leadership.stop()
+        for partition in partitions:
+            seat = self._seats.get(partition) or Seat()
+            if partition not in self._seats:
+                self._seats[partition] = seat
+                seat.task = self._supervise(f"leader-{partition}", partial(self._lead, partition, seat))
+            else:
+                seat.assigned = True
+
+    def _wanted(self, seat: Seat[S]) -> bool:
+        return seat.assigned and not self._stopping
+
+    async def _lead(self, partition: int, seat: Seat[S]) -> None:
+        """Claim and serve for as long as the partition is assigned."""
+        failures = 0
+        try:
+            while self._wanted(seat):
+                if self._replicas[partition].halted:
+                    # Whoever leads next meets the same record; an operator has to look.
+                    await asyncio.sleep(1.0)
+                    continue
+                leadership = self.leadership_type(self._replicas[partition], self._log, self.config)
+                seat.leadership = leadership
+                try:
+                    await self._reign(seat, leadership)
+                    failures = 0
+                except RESIGNATIONS as error:
+                    failures = 0 if leadership.has_served else failures + 1
+                    seat.problem = str(error) if isinstance(error, ClaimFailedError) else ""
+                    logger.warning("resigned %s/%d: %s: %s", self.service, partition, type(error).__name__, error)
+                    if self._wanted(seat):
+                        await asyncio.sleep(back_off(0.02, self.config.claim_retry_most_s, failures))
+        finally:
+            self._seats.pop(partition, None)
+
+    async def _reign(self, seat: Seat[S], leadership: Leadership[S]) -> None:
+        tasks = TaskRunner(leadership, self._handlers, self.config)
+        timers = TimerRunner(leadership, self.config)
+        inbox = self.inbox_type(leadership, self._log, self.config)
+        helpers: list[asyncio.Task[None]] = []
+
+        def serving() -> None:
+            seat.inbox = inbox
+            seat.problem = ""
+            tasks.start()
+            for name, body in (("timers", timers.run), ("inbox", inbox.run)):
+                helpers.append(self._supervise(f"{name}-{leadership.partition}", _until_unseated(leadership, body)))
+
+        leadership.on_serving = serving
+        try:
+            await leadership.run()
+        finally:
+            seat.inbox = None
+            seat.leadership = None
+            await _cancel(*helpers)
+            await tasks.close()
+
+    def _leader_of(self, partition: int) -> Leadership[S] | None:
+        seat = self._seats.get(partition)
+        if seat is None or seat.leadership is None or not seat.leadership.serving:
+            return None
+        return seat.leadership
+
+    # Commands.
+
+    async def submit(self, command: Command, deadline: Deadline) -> Committed:
+        """Decide, commit, read back, answer. Raises `GroundswellError`s only."""
+        partition = partition_of(command.organization, self.config.partitions)
+        leadership = self._leader_of(partition)
+        if leadership is None:
+            address = self._foreign_leader(partition)
+            if address and self._forward is not None:
+                return await self._forward(address, command, deadline)
+            raise self._not_leader(partition, address)
+        work: CommandWork[S] = CommandWork(command)
+        return await self._await(leadership, work, deadline)
+
+    async def barrier(self, organization: str, deadline: Deadline) -> Token:
+        """Strong read: when it returns, the committed view of this leader holds all that was acknowledged before."""
+        partition = partition_of(organization, self.config.partitions)
+        leadership = self._leader_of(partition)
+        if leadership is None:
+            raise self._not_leader(partition, self._foreign_leader(partition))
+        work: BeatWork[S] = BeatWork()
+        return (await self._await(leadership, work, deadline)).token
+
+    async def _await(self, leadership: Leadership[S], work: Work[S], deadline: Deadline) -> Committed:
+        leadership.enqueue(work)
+        try:
+            async with asyncio.timeout(deadline.remaining()):
+                outcome, position = await work.done
+        except TimeoutError:
+            raise outcome_unknown() from None
+        log_id = leadership.replica.state.log_id
+        token = Token(self.service, leadership.partition, log_id, position, outcome.public_seq)
+        return Committed(outcome.result, token, outcome.replayed)
+
+    def _foreign_leader(self, partition: int) -> str:
+        """Address of the leader by the log, empty when that is unknown or was this process."""
+        claim = self._replicas[partition].state.claim
+        return "" if claim is None or claim.node == self.config.node or partition in self._seats else claim.address
+
+    def _not_leader(self, partition: int, address: str) -> UnavailableError:
+        if self._replicas[partition].halted:
+            return UnavailableError(
+                "NOT_SERVING", f"partition {partition} of {self.service} is halted", retry_after_s=5
+            )
+        claim = self._replicas[partition].state.claim
+        if partition in self._seats or claim is None or not self._electing:
+            return UnavailableError("NOT_READY", f"partition {partition} of {self.service} is not claimed yet")
+        return UnavailableError(
+            "NOT_LEADER", f"partition {partition} of {self.service} is led by another replica", leader=address
+        )
+
+    # Reads.
+
+    def snapshot(self, organization: str) -> Snapshot:
+        """Committed view of the partition of an organization."""
+        return self.snapshot_of_partition(partition_of(organization, self.config.partitions))
+
+    def snapshot_of_partition(self, partition: int) -> Snapshot:
+        return self._replicas[partition].snapshot()
+
+    async def wait_for(self, tokens: Sequence[Token], deadline: Deadline) -> None:
+        """Wait until reads here reflect the tokens: own ones in the view, foreign ones in the Inbox."""
+        for token in tokens:
+            if not 0 <= token.partition < self.config.partitions:
+                raise log_reset(token)
+            if token.service == self.service:
+                await self._wait_own(token, deadline)
+            elif token.service in self.domain.sources and token.public_seq > 0:
+                await self._wait_foreign(token, deadline)
+
+    async def _wait_own(self, token: Token, deadline: Deadline) -> None:
+        replica = self._replicas[token.partition]
+        if replica.state.applied < token.position:
+            place = TopicPartition(self._topic, token.partition)
+            try:
+                async with asyncio.timeout(deadline.remaining()):
+                    end = (await self._log.end_positions([place]))[place]
+            except (TimeoutError, LogError):
+                raise not_caught_up(self.service, token.partition) from None
+            if token.position >= end:
+                raise log_reset(token)
+            if replica.state.log_id and token.log_id != replica.state.log_id:
+                raise log_reset(token)
+            await replica.wait_applied(token.position, deadline)
+        if token.log_id != replica.state.log_id:
+            raise log_reset(token)
+
+    async def _wait_foreign(self, token: Token, deadline: Deadline) -> None:
+        replica = self._replicas[token.partition]
+        source = (public_topic(self.config.env, token.service), token.partition)
+        asked = monotonic()
+        while True:
+            mark = replica.state.inbox.get(source)
+            if mark is not None and mark.log_id and mark.log_id != token.log_id:
+                raise log_reset(token)
+            if mark is not None and mark.public_seq >= token.public_seq:
+                return
+            seat = self._seats.get(token.partition)
+            reached_after = (
+                seat is not None
+                and seat.inbox is not None
+                and (seat.inbox.meter.lag(TopicPartition(*source)) < monotonic() - asked - _LATE_MARKER_S)
+            )
+            if reached_after:
+                # All that was committed well after the question has been taken in, and the number was not there.
+                raise log_reset(token)
+            with contextlib.suppress(UnavailableError):
+                await replica.wait_change(deadline.earlier(0.5))
+            if deadline.expired:
+                raise not_caught_up(token.service, token.partition)
+
+    def inbox_lag(self, partition: int) -> float:
+        """Seconds since the Inbox last held all that its sources had committed; infinite when not leading."""
+        if not self.domain.sources:
+            return 0.0
+        seat = self._seats.get(partition)
+        return math.inf if seat is None or seat.inbox is None else seat.inbox.meter.lag()
+
+    # Health.
+
+    def health(self) -> Health:
+        rows = []
+        problems = list(self._dead)
+        for replica in self._replicas:
+            seat = self._seats.get(replica.partition)
+            detail = replica.halted
+            if seat is not None and seat.inbox is not None and seat.inbox.problem:
+                detail = detail or f"inbox: {seat.inbox.problem}"
+            if seat is not None:
+                detail = detail or seat.problem
+            if detail:
+                problems.append(f"partition {replica.partition}: {detail}")
+            rows.append(
+                PartitionHealth(
+                    replica.partition,
+                    self._role(replica),
+                    replica.caught_up,
+                    replica.state.applied,
+                    len(replica.state.tasks),
+                    len(replica.state.parked),
+                    detail,
+                )
+            )
+        halted = any(replica.halted for replica in self._replicas)
+        caught_up = all(replica.caught_up for replica in self._replicas)
+        leading = self._electing and all(self._leader_of(partition) is not None for partition in self._seats)
+        alive = not self._dead and (self._stopping or {"tail", "election"} <= self._supervised.keys())
+        return Health(alive, caught_up and not halted and not self._stopping, leading, tuple(rows), tuple(problems))
+
+    def _role(self, replica: Replica[S]) -> str:
+        if replica.halted:
+            return "halted"
+        if self._stopping:
+            return "stopped"
+        if self._leader_of(replica.partition) is not None:
+            return "leading"
+        return "claiming" if replica.partition in self._seats else "following"
+
+
+def _until_unseated(leadership: Leadership[S], body: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+    """A helper that fails because its leadership is ending has not died."""
+
+    async def run() -> None:
+        try:
+            await body()
+        except UnavailableError:
+            if leadership.serving:
+                raise
+
+    return run
+
+
+def log_reset(token: Token) -> FailedPreconditionError:
+    """The client drops the token and retries once."""
+    return FailedPreconditionError(
+        "LOG_RESET",
+        "the read-after token belongs to another log, or lies beyond the end of this one: drop it and retry",
+        token=token,
+    )
+
+
+async def _cancel(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
