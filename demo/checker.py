@@ -291,12 +291,12 @@ def check_idle(logs: Logs, organization: str, allowed: set[str]) -> Check:
     return Check(f"organization {organization} untouched", not others, ", ".join(others[:3]) or "only its creation")
 
 
-def expected_webhooks(logs: Logs, organization: str, since: dict[str, int]) -> dict[str, str]:
-    """Event id → type of all public events of the organization after the given time per service, in milliseconds."""
+def expected_webhooks(logs: Logs, organization: str, since_ms: int) -> dict[str, str]:
+    """Event id → type of all public events of the organization decided after a time, in milliseconds."""
     events: dict[str, str] = {}
     for service, entries in logs.public.items():
         for entry in entries:
-            if entry.envelope.organization != organization or entry.envelope.occurred_at_ms < since.get(service, 0):
+            if entry.envelope.organization != organization or entry.envelope.occurred_at_ms < since_ms:
                 continue
             change = getattr(entry.message(), "change", "")
             if change and not change.startswith("webhook."):
@@ -314,7 +314,7 @@ async def run(bootstrap: str, env: str, expect: dict[str, Any]) -> dict[str, Any
     webhooks = expect.get("webhooks", {})
     return {
         "checks": [{"name": check.name, "holds": check.holds, "detail": check.detail} for check in checks],
-        "webhook_events": expected_webhooks(logs, webhooks["organization"], webhooks.get("since", {})) if webhooks else {},
+        "webhook_events": expected_webhooks(logs, webhooks["organization"], webhooks["since_ms"]) if webhooks else {},
     }
 
 

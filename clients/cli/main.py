@@ -1,0 +1,80 @@
+"""``swell``: every public API of Groundswell from the command line.
+
+Names may be full (`organizations/acme/products/thermostat/cohorts/beta`) or short (`beta`) with `--organization` and
+`--product`, or GROUNDSWELL_ORGANIZATION and GROUNDSWELL_PRODUCT.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clients.cli.commands import access, artifacts, fleet, pki, releases, resources, rollouts, webhooks
+from clients.cli.context import Session
+from clients.cli.output import show_error
+from clients.sdk import ApiError, ProfileError
+from clients.sdk.signing import SigningError
+from clients.sdk.upload import UploadError
+
+app = typer.Typer(
+    name="swell",
+    help=__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+
+
+class Form(StrEnum):
+    """Output forms."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+@app.callback()
+def setup(
+    context: typer.Context,
+    output: Annotated[Form, typer.Option("--output", "-o", help="How results are written.")] = Form.TABLE,
+    profile: Annotated[
+        Path | None, typer.Option(envvar="GROUNDSWELL_PROFILE", help="Profile file written by `make up`.")
+    ] = None,
+    key: Annotated[str, typer.Option("--key", "-k", help="Name of a key in the profile, see `swell auth list`.")] = "",
+    organization: Annotated[
+        str, typer.Option("--organization", "-O", envvar="GROUNDSWELL_ORGANIZATION", help="Default organization.")
+    ] = "",
+    product: Annotated[
+        str, typer.Option("--product", "-P", envvar="GROUNDSWELL_PRODUCT", help="Default product.")
+    ] = "",
+) -> None:
+    """Options for every command."""
+    context.obj = Session(profile, output.value, key, organization, product)
+
+
+access.register(app)
+fleet.register(app)
+pki.register(app)
+artifacts.register(app)
+releases.register(app)
+rollouts.register(app)
+webhooks.register(app)
+resources.register(app)
+
+
+def run() -> None:
+    """Run the command line; refused calls end with status 1 and one clear error."""
+    form = "json" if any(argument in ("--output=json", "-ojson") for argument in sys.argv) or (
+        "json" in sys.argv and any(argument in ("--output", "-o") for argument in sys.argv)
+    ) else "table"
+    try:
+        app()
+    except (ApiError, ProfileError, SigningError, UploadError, OSError) as error:
+        show_error(error, form)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
