@@ -68,7 +68,7 @@ class TaskRunner(Generic[S]):
             self._pump()
 
     def _pump(self) -> None:
-        while self._ready and len(self._running) < self._config.task_concurrency:
+        while self._ready and self._leadership.serving and len(self._running) < self._config.task_concurrency:
             running = asyncio.create_task(self._execute(self._ready.popleft()))
             self._running.add(running)
             running.add_done_callback(self._finished)
@@ -106,6 +106,8 @@ class TaskRunner(Generic[S]):
             self._leadership.enqueue(work)
             _, position = await work.done
         except GroundswellError as error:
+            if not self._leadership.serving:
+                return
             logger.warning("task %s (%s) attempt %d: %s", task_id, task.kind, attempt, error)
             self._again(task_id)
             return

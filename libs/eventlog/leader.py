@@ -131,10 +131,10 @@ class Leadership(Generic[S]):
                     self.partition,
                     b"",
                     claim.SerializeToString(),
-                    (
+                    [
                         (ENVELOPE, envelope.SerializeToString()),
                         (EVENT_TYPE, pb.LeaderClaimed.DESCRIPTOR.full_name.encode()),
-                    ),
+                    ],
                 )
             ]
         )

@@ -50,7 +50,8 @@ class NewRecord(NamedTuple):
     partition: int
     key: bytes
     value: bytes
-    headers: Headers
+    headers: list[tuple[str, bytes]]
+    """A list because the client library takes nothing else."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -318,11 +318,11 @@ class Working(Generic[S]):
                     self._writer.partition,
                     event.organization.encode(),
                     public.payload.SerializeToString(),
-                    (
+                    [
                         (ENVELOPE, envelope),
                         (EVENT_TYPE, type(public.payload).DESCRIPTOR.full_name.encode()),
                         (LOG_ID, self.base.log_id.encode()),
-                    ),
+                    ],
                 )
             )
 
@@ -363,7 +363,7 @@ class Working(Generic[S]):
                 self._writer.partition,
                 organization.encode(),
                 value,
-                ((ENVELOPE, envelope_bytes), (EVENT_TYPE, type(payload).DESCRIPTOR.full_name.encode())),
+                [(ENVELOPE, envelope_bytes), (EVENT_TYPE, type(payload).DESCRIPTOR.full_name.encode())],
             )
         )
 
