@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import secrets
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from demo import firmware
 from demo.factory import Factory, server_identity
 from demo.fleet import DevicePlan, Fleet, PowerCuts, Site
 from demo.steps import ROOT, DemoError, Journal, Swell, wait_until
+from deploy.local.settings import Settings, load
 
 TARGET: Final = "board-a"
 PRODUCT: Final = "thermostat"
@@ -75,22 +75,23 @@ SMALL: Final = Scale(5, 4, 5, 5, 2, 3, {"canary-02": "downloaded", "prod-03": "b
 class Demo:
     """One run with its own organization; everything it started, it ends."""
 
-    def __init__(self, profile: Path, scale: Scale, receiver_port: int, kafka: str, env: str) -> None:
+    def __init__(self, profile: Path, scale: Scale, settings: Settings) -> None:
         self.journal = Journal()
         self.scale = scale
-        self.kafka, self.env = kafka, env
+        self.kafka, self.env = settings.kafka, settings.env
         self.run_id = secrets.token_hex(3)
         self.organization = f"demo-{self.run_id}"
         self.idle = self._idle_organization()
         self.profile = Profile.load(profile)
         self.directory = profile.parent / "demo" / self.run_id
         self.directory.mkdir(parents=True)
-        self.platform = Swell(profile, key="platform")
-        self.owner = Swell(profile, self.organization, PRODUCT, f"{self.organization}-owner")
-        self.operator = Swell(profile, self.organization, PRODUCT, f"{self.organization}-operator")
+        commands = self.commands_file = self.directory / "commands.txt"
+        self.platform = Swell(profile, key="platform", journal=commands)
+        self.owner = Swell(profile, self.organization, PRODUCT, f"{self.organization}-owner", commands)
+        self.operator = Swell(profile, self.organization, PRODUCT, f"{self.organization}-operator", commands)
         self.product = f"organizations/{self.organization}/products/{PRODUCT}"
         self.fleet = Fleet(self.directory / "devices")
-        self.receiver_address = f"127.0.0.1:{receiver_port}"
+        self.receiver_address = settings.webhook_receiver
         self.receiver: subprocess.Popen[bytes] | None = None
         self.webhooks_since_ms = 0
         self.watchers: list[subprocess.Popen[str]] = []
@@ -108,7 +109,7 @@ class Demo:
         try:
             self._steps()
         except (DemoError, OSError, subprocess.SubprocessError, KeyError) as error:
-            self.journal.check("the demo ran to its end", False, f"{type(error).__name__}: {error}")
+            self.journal.check("the demo ran to its end", holds=False, detail=f"{type(error).__name__}: {error}")
         finally:
             self.close()
         return self.journal.finish()
@@ -158,7 +159,7 @@ class Demo:
         except DemoError as error:
             self.journal.check("the operator's key cannot make keys", "PERMISSION" in str(error), "PERMISSION_DENIED")
         else:
-            self.journal.check("the operator's key cannot make keys", False, "it made one")
+            self.journal.check("the operator's key cannot make keys", holds=False, detail="it made one")
 
     def _receiver(self) -> None:
         identity, ca_file = server_identity(self.directory / "receiver")
@@ -205,8 +206,10 @@ class Demo:
         self.operator("signing-key", "register", "release", str(key_file))
         sign = ("--sign-with", str(key_file))
         for built in firmware.build(self.directory / "firmware"):
-            parts = (("main", TARGET, built.program_path, firmware.PROGRAM_METADATA),
-                     ("config", "portable", built.config_path, firmware.CONFIG_METADATA))
+            parts = (
+                ("main", TARGET, built.program_path, firmware.PROGRAM_METADATA),
+                ("config", "portable", built.config_path, firmware.CONFIG_METADATA),
+            )
             for artifact, target, path, metadata in parts:
                 self.operator(
                     *("upload", str(path), "--artifact", artifact, "--version", built.version, "--target", target),
@@ -238,7 +241,9 @@ class Demo:
         begin = time.monotonic()
         self.fleet.start(self.scale.power_cuts)
         self._await_enrolment()
-        self.journal.say(f"all enrolled after {time.monotonic() - begin:.1f} s, {self.fleet.resident_mib():.0f} MiB resident")
+        self.journal.say(
+            f"all enrolled after {time.monotonic() - begin:.1f} s, {self.fleet.resident_mib():.0f} MiB resident"
+        )
         return PowerCuts(self.fleet, self.scale.power_cuts)
 
     def _device_ids(self) -> list[tuple[str, str]]:
@@ -246,7 +251,7 @@ class Demo:
         troubled = [firmware.BOOT_FAILS, firmware.SOAK_FAILS[0], firmware.SOAK_FAILS[1]]
         devices = []
         for index in range(self.scale.canary):
-            digit = troubled[index - 2] if 2 <= index < 5 else "1"  # noqa: PLR2004 - canaries 03, 04, 05
+            digit = troubled[index - 2] if 2 <= index < 5 else "1"
             devices.append((f"canary-{index + 1:02d}", f"{1000 + index}{digit}"))
         devices += [(f"beta-{index + 1:02d}", f"{2000 + index}2") for index in range(self.scale.beta)]
         devices += [(f"prod-{index + 1:02d}", f"{3000 + index}3") for index in range(self.scale.production)]
@@ -287,9 +292,7 @@ class Demo:
         updates: list[dict[str, Any]] = []
 
         def read() -> None:
-            assert watcher.stdout is not None
-            for line in watcher.stdout:
-                updates.append(json.loads(line))
+            updates.extend(json.loads(line) for line in watcher.stdout or ())
 
         reader = threading.Thread(target=read, daemon=True)
         reader.start()
@@ -329,10 +332,14 @@ class Demo:
         statuses = ended["stage_statuses"]
         self.journal.check("rollout of 1.1.0 completed", ended["state"] == "STATE_COMPLETED", ended["state"])
         confirmed = sum(int(status.get("confirmed", 0)) for status in statuses)
-        self.journal.check("every device confirmed 1.1.0", confirmed == self.scale.all, f"{confirmed} of {self.scale.all}")
+        self.journal.check(
+            "every device confirmed 1.1.0", confirmed == self.scale.all, f"{confirmed} of {self.scale.all}"
+        )
         caps = [stage["max_in_flight"] for stage in ended["stages"]]
         peaks = [status.get("peak_in_flight", 0) for status in statuses]
-        self.journal.check("each stage reached its cap and none exceeded it", peaks == caps, f"peaks {peaks}, caps {caps}")
+        self.journal.check(
+            "each stage reached its cap and none exceeded it", peaks == caps, f"peaks {peaks}, caps {caps}"
+        )
         killed = ", ".join(f"{device} at {step}" for device, step, _ in cuts.done)
         self.journal.check(
             f"{len(self.scale.power_cuts)} devices killed before their switch came through",
@@ -340,7 +347,9 @@ class Demo:
             killed or "none was killed",
         )
         versions = self._versions()
-        self.journal.check("the registry says so too", set(versions.values()) == {"1.1.0"}, f"{len(versions)} devices on 1.1.0")
+        self.journal.check(
+            "the registry says so too", set(versions.values()) == {"1.1.0"}, f"{len(versions)} devices on 1.1.0"
+        )
 
     def _versions(self) -> dict[str, str]:
         return {
@@ -353,31 +362,44 @@ class Demo:
         ended = self._follow(rollout_id, 120, None)
         canary = ended["stage_statuses"][0]
         later = ended["stage_statuses"][1:]
-        self.journal.check("rollout of 2.0.0 was halted and rolled back", ended["state"] == "STATE_ROLLED_BACK", ended["state"])
+        self.journal.check(
+            "rollout of 2.0.0 was halted and rolled back", ended["state"] == "STATE_ROLLED_BACK", ended["state"]
+        )
         self.journal.check(
             "one reverted at boot, two were withdrawn in soak",
             (int(canary.get("reverted", 0)), int(canary.get("withdrawn", 0))) == (1, 2),
             f"reverted {canary.get('reverted', 0)}, withdrawn {canary.get('withdrawn', 0)}",
         )
         back = int(canary.get("rolled_back", 0))
-        self.journal.check("every canary that ran 2.0.0 came back", back == self.scale.canary - 1, f"{back} rolled back")
+        self.journal.check(
+            "every canary that ran 2.0.0 came back", back == self.scale.canary - 1, f"{back} rolled back"
+        )
         claimed = [int(status.get("claimed", 0)) for status in later]
         self.journal.check("beta and production were never offered 2.0.0", not any(claimed), f"claims {claimed}")
         versions = wait_until(
-            "every device to report 1.1.0", 30,
+            "every device to report 1.1.0",
+            30,
             lambda: (seen := self._versions()) and set(seen.values()) == {"1.1.0"} and seen,
         )
         self.journal.check("the whole fleet runs 1.1.0", len(versions) == self.scale.all, f"{len(versions)} devices")
         release = ended["stage_statuses"][0]["release"]
-        self.journal.check("2.0.0 is retracted", self.operator("get", release).get("retracted", False), release.rsplit("/", 1)[-1])
+        self.journal.check(
+            "2.0.0 is retracted", self.operator("get", release).get("retracted", False), release.rsplit("/", 1)[-1]
+        )
 
     def _explain(self) -> None:
         answer = self.operator("explain", "device", "prod-01")
         grants = [grant["attempt"]["bundle"].rsplit("/", 1)[-1] for grant in answer.get("grants", [])]
         self.journal.check("explained: why 1.1.0", grants == ["fw-1-1-0"], f"granted {grants}")
         steps = answer.get("last_check_in", {}).get("steps", [])
-        why_not = [step for step in steps if step.get("metadata", {}).get("version") == "2.0.0" or "2-0-0" in step.get("subject", "")]
-        self.journal.check("explained: why not 2.0.0", bool(why_not), why_not[0]["message"] if why_not else str(steps)[:300])
+        why_not = [
+            step
+            for step in steps
+            if step.get("metadata", {}).get("version") == "2.0.0" or "2-0-0" in step.get("subject", "")
+        ]
+        self.journal.check(
+            "explained: why not 2.0.0", bool(why_not), why_not[0]["message"] if why_not else str(steps)[:300]
+        )
         for step in answer.get("grants", [{}])[0].get("reasons", [])[:6]:
             self.journal.say(f"{step['code']}: {step.get('message', '')}")
 
@@ -385,10 +407,13 @@ class Demo:
         self.fleet.stop()
         rollouts = f"{self.product}/rollouts"
         scale = self.scale
-        caps = [(f"{rollouts}/to-1-1-0", index, cap) for index, cap in
-                enumerate((scale.canary_cap, scale.beta_cap, scale.production_cap))]
+        caps = [
+            (f"{rollouts}/to-1-1-0", index, cap)
+            for index, cap in enumerate((scale.canary_cap, scale.beta_cap, scale.production_cap))
+        ]
         expect = {
             "organization": self.organization,
+            "request_ids": [line.split()[0] for line in self.commands_file.read_text().splitlines()],
             "caps_reached": [*caps, (f"{rollouts}/to-2-0-0", 0, scale.canary_cap)],
             "bundle_only_in_cohorts": {f"{self.product}/bundles/fw-2-0-0": [f"{self.product}/cohorts/canary"]},
             "idle_organizations": [self.idle],
@@ -432,8 +457,11 @@ def _progress(rollout: dict[str, Any]) -> str:
     parts = []
     for stage, status in zip(rollout["stages"], rollout.get("stage_statuses", []), strict=False):
         state = status.get("state", "STATE_PENDING").removeprefix("STATE_").lower()
-        counts = [f"{name} {status[name]}" for name in
-                  ("in_flight", "confirmed", "soaked", "failed", "reverted", "withdrawn", "rolled_back") if status.get(name)]
+        counts = [
+            f"{name} {status[name]}"
+            for name in ("in_flight", "confirmed", "soaked", "failed", "reverted", "withdrawn", "rolled_back")
+            if status.get(name)
+        ]
         parts.append(f"{stage['display_name']}: {state}" + (f" ({', '.join(counts)})" if counts else ""))
     return f"{rollout['state'].removeprefix('STATE_').lower():>12} | " + " | ".join(parts)
 
@@ -442,21 +470,14 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="demo", description=__doc__)
     parser.add_argument("--small", action="store_true", help="fourteen devices instead of sixty")
-    parser.add_argument("--profile", type=Path, default=Path(os.environ.get("GROUNDSWELL_PROFILE", ".local/profile.json")))
     arguments = parser.parse_args()
-    profile = arguments.profile.resolve()
+    settings = load()
+    profile = settings.local_dir / "profile.json"
     if not profile.exists():
-        print(f"no profile at {arguments.profile}: run `make up` first", file=sys.stderr)
+        print(f"no profile at {profile}: run `make up` first", file=sys.stderr)
         return 2
-    document = json.loads(profile.read_text())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    demo = Demo(
-        profile,
-        SMALL if arguments.small else Scale(),
-        int(document.get("receiver_port", 19700)),
-        document.get("kafka", os.environ.get("GROUNDSWELL_KAFKA", "127.0.0.1:19092")),
-        document.get("env", os.environ.get("GROUNDSWELL_ENV", "dev")),
-    )
+    demo = Demo(profile, SMALL if arguments.small else Scale(), settings)
     return demo.run()
 
 

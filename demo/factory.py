@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -42,20 +44,20 @@ class Factory:
     def __init__(self, name: str, directory: Path, *, days: int = 3650, start: datetime | None = None) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self._key = ec.generate_private_key(ec.SECP256R1())
+        self.signing_key: Final = ec.generate_private_key(ec.SECP256R1())
         begin = start or datetime.now(UTC) - timedelta(minutes=5)
         self.certificate = (
             x509.CertificateBuilder()
             .subject_name(_name(name))
             .issuer_name(_name(name))
-            .public_key(self._key.public_key())
+            .public_key(self.signing_key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(begin)
             .not_valid_after(begin + timedelta(days=days))
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .add_extension(_usage(sign_certificates=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self._key.public_key()), critical=False)
-            .sign(self._key, hashes.SHA256())
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(self.signing_key.public_key()), critical=False)
+            .sign(self.signing_key, hashes.SHA256())
         )
         self.certificate_file = directory / "ca.pem"
         self.certificate_file.write_bytes(self.certificate.public_bytes(serialization.Encoding.PEM))
@@ -73,7 +75,7 @@ class Factory:
     def _leaf(self, common_name: str, file: str, valid: timedelta, start: datetime | None = None) -> Identity:
         key = ec.generate_private_key(ec.SECP256R1())
         begin = start or datetime.now(UTC) - timedelta(minutes=5)
-        authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.signing_key.public_key())
         certificate = (
             x509.CertificateBuilder()
             .subject_name(_name(common_name))
@@ -87,7 +89,7 @@ class Factory:
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(authority, critical=False)
-            .sign(self._key, hashes.SHA256())
+            .sign(self.signing_key, hashes.SHA256())
         )
         identity = Identity(self._directory / f"{file}.pem", self._directory / f"{file}.key")
         identity.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
@@ -111,13 +113,11 @@ def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
 
 def server_identity(directory: Path) -> tuple[Identity, Path]:
     """A private CA and an HTTPS certificate for 127.0.0.1, for the webhook receiver: (identity, CA file)."""
-    import ipaddress
-
     directory.mkdir(parents=True, exist_ok=True)
     factory = Factory("receiver CA", directory)
     key = ec.generate_private_key(ec.SECP256R1())
     begin = datetime.now(UTC) - timedelta(minutes=5)
-    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(factory._key.public_key())
+    authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(factory.signing_key.public_key())
     names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")])
     certificate = (
         x509.CertificateBuilder()
@@ -132,7 +132,7 @@ def server_identity(directory: Path) -> tuple[Identity, Path]:
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(authority, critical=False)
         .add_extension(names, critical=False)
-        .sign(factory._key, hashes.SHA256())
+        .sign(factory.signing_key, hashes.SHA256())
     )
     identity = Identity(directory / "receiver.pem", directory / "receiver.key")
     identity.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))

@@ -88,7 +88,9 @@ def compare(journal: Path, expected: dict[str, str]) -> tuple[list[str], int]:
     problems += [f"missing: {kind} {event}" for event, kind in expected.items() if event not in ids]
     problems += [f"one event under {len(names)} ids: {event}" for event, names in ids.items() if len(names) > 1]
     problems += [f"wrong type: {event}" for event, kind in expected.items() if event in types and types[event] != kind]
-    problems += [f"unknown event: {event}" for event in ids if event not in expected and not types[event].startswith("webhook.")]
+    problems += [
+        f"unknown event: {event}" for event in ids if event not in expected and not types[event].startswith("webhook.")
+    ]
     return problems, len(ids)
 
 

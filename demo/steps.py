@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -89,6 +90,12 @@ class Swell:
     organization: str = ""
     product: str = ""
     key: str = ""
+    journal: Path | None = None
+    """Gets one line per acknowledged command."""
+
+    def _environment(self) -> dict[str, str]:
+        extra = {"GROUNDSWELL_COMMAND_JOURNAL": str(self.journal)} if self.journal else {}
+        return {**os.environ, **extra}
 
     def _argv(self, arguments: Sequence[str]) -> list[str]:
         argv = [sys.executable, "-m", "clients.cli", "--output", "json", "--profile", str(self.profile)]
@@ -99,7 +106,9 @@ class Swell:
 
     def __call__(self, *arguments: str) -> Any:
         """Run a command; raises DemoError with its error when it fails."""
-        done = subprocess.run(self._argv(arguments), cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            self._argv(arguments), cwd=ROOT, env=self._environment(), capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise DemoError(f"swell {' '.join(arguments)}: {done.stderr.strip()[-2000:]}")
         return json.loads(done.stdout) if done.stdout.strip() else None

@@ -43,7 +43,14 @@ def main() -> int:
         descriptors = Path(scratch) / "validate.binpb"
         descriptors.write_bytes(validate_descriptors())
         environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        common = [sys.executable, "-m", "grpc_tools.protoc", f"--descriptor_set_in={descriptors}", "-Iprotos", f"-I{site}"]
+        common = [
+            sys.executable,
+            "-m",
+            "grpc_tools.protoc",
+            f"--descriptor_set_in={descriptors}",
+            "-Iprotos",
+            f"-I{site}",
+        ]
         targets = [f"--{kind}_out={out}" for kind in ("python", "grpc_python")]
         targets += [f"--{kind}_out=quiet:{out}" for kind in ("mypy", "mypy_grpc")]
         image = [f"--descriptor_set_out={out}/image.binpb", "--include_imports", "--include_source_info"]

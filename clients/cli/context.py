@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,7 @@ class Session:
     def client(self) -> Client:
         """A client for the profile."""
         profile = self.profile
-        return Client(profile.endpoints, profile.api_key, profile.ca.read_bytes())
+        return Client(profile.endpoints, profile.api_key, profile.ca.read_bytes(), on_acknowledged=_command_journal())
 
     def organization_name(self, given: str = "") -> str:
         """``organizations/x`` from a full name, an id, or the default."""
@@ -62,9 +63,22 @@ class Session:
         return given if given.startswith("organizations/") else f"{self.organization_name()}/{collection}/{given}"
 
 
+def _command_journal() -> Callable[[str, str], None] | None:
+    """GROUNDSWELL_COMMAND_JOURNAL names a file that gets one line per acknowledged command, for later audits."""
+    path = os.environ.get("GROUNDSWELL_COMMAND_JOURNAL")
+    if not path:
+        return None
+
+    def append(method: str, request_id: str) -> None:
+        with Path(path).open("a") as file:
+            file.write(f"{request_id} {method}\n")
+
+    return append
+
+
 def _organization_of_key(key: str) -> str:
     parts = key.split("_", 3)
-    return parts[1] if len(parts) == 4 else ""  # noqa: PLR2004 - gsw_<organization>_<id>_<secret>
+    return parts[1] if len(parts) == 4 else ""
 
 
 def session(context: typer.Context) -> Session:
@@ -73,8 +87,3 @@ def session(context: typer.Context) -> Session:
     if found is None:
         raise RuntimeError("the command line was not set up")
     return found
-
-
-def default_from_environment(variable: str) -> str:
-    """An option's default from the environment."""
-    return os.environ.get(variable, "")

@@ -68,9 +68,12 @@ resources.register(app)
 
 def run() -> None:
     """Run the command line; refused calls end with status 1 and one clear error."""
-    form = "json" if any(argument in ("--output=json", "-ojson") for argument in sys.argv) or (
-        "json" in sys.argv and any(argument in ("--output", "-o") for argument in sys.argv)
-    ) else "table"
+    form = (
+        "json"
+        if any(argument in ("--output=json", "-ojson") for argument in sys.argv)
+        or ("json" in sys.argv and any(argument in ("--output", "-o") for argument in sys.argv))
+        else "table"
+    )
     try:
         app()
     except (ApiError, ProfileError, SigningError, UploadError, OSError) as error:

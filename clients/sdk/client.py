@@ -75,7 +75,15 @@ class Tokens:
 
 
 class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
-    def __init__(self, api_key: str, tokens: Tokens, timeout_s: float, retry_budget_s: float) -> None:
+    def __init__(
+        self,
+        api_key: str,
+        tokens: Tokens,
+        timeout_s: float,
+        retry_budget_s: float,
+        on_acknowledged: Callable[[str, str], None] | None,
+    ) -> None:
+        self._on_acknowledged = on_acknowledged
         self._authorization = f"Bearer {api_key}"
         self._tokens = tokens
         self._timeout_s = timeout_s
@@ -110,6 +118,8 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
                 delay = min(delay * 2, 2.0)
                 continue
             self._tokens.record(call.trailing_metadata())
+            if self._on_acknowledged is not None and getattr(request, "request_id", ""):
+                self._on_acknowledged(client_call_details.method, request.request_id)  # type: ignore[attr-defined]
             return call
 
     def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Message) -> Any:
@@ -132,7 +142,9 @@ class Client:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         retry_budget_s: float = RETRY_BUDGET_S,
         server_name: str = "",
+        on_acknowledged: Callable[[str, str], None] | None = None,
     ) -> None:
+        """``on_acknowledged(method, request_id)`` is called after each command that succeeded."""
         self.tokens = Tokens()
         credentials = grpc.ssl_channel_credentials(ca_pem)
         options: list[tuple[str, Any]] = [
@@ -144,7 +156,7 @@ class Client:
         ]
         if server_name:
             options.append(("grpc.ssl_target_name_override", server_name))
-        interceptor = _Interceptor(api_key, self.tokens, timeout_s, retry_budget_s)
+        interceptor = _Interceptor(api_key, self.tokens, timeout_s, retry_budget_s, on_acknowledged)
         self._channels = {name: grpc.secure_channel(endpoints[name], credentials, options) for name in SERVICES}
         wrapped = {name: grpc.intercept_channel(channel, interceptor) for name, channel in self._channels.items()}
         self.registry = registry_pb2_grpc.RegistryServiceStub(wrapped["registry"])

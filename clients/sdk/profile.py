@@ -1,7 +1,7 @@
 """Where the servers are and with which key to speak: a small JSON file that ``make up`` writes.
 
-Found by ``GROUNDSWELL_PROFILE``, else ``.local/profile.json`` below the working directory. ``GROUNDSWELL_API_KEY`` wins over
-the key in the file. Paths in the file are relative to it.
+Found by ``GROUNDSWELL_PROFILE``, else ``.local/profile.json`` below the working directory. ``GROUNDSWELL_API_KEY``
+wins over the key in the file. Paths in the file are relative to it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Profile:
         key = os.environ.get("GROUNDSWELL_API_KEY") or self.keys.get(self.current, "")
         if not key:
             raise ProfileError(
-                f"no API key named '{self.current}' in {self.path}: set GROUNDSWELL_API_KEY or run `swell auth add NAME KEY`"
+                f"no API key named '{self.current}' in {self.path}: "
+                "set GROUNDSWELL_API_KEY or run `swell auth add NAME KEY`"
             )
         return key
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from groundswell.artifacts.v1 import artifacts_pb2
-
 from libs.trust.signatures import key_id
 from libs.trust.statement import Statement, StatementBinary
 
@@ -24,9 +23,7 @@ class SigningError(Exception):
 def generate_key(path: Path) -> Ed25519PrivateKey:
     """Make a key and store it as PKCS#8 PEM, readable by its owner alone. Never overwrites."""
     key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

@@ -79,12 +79,16 @@ def wait_hashed(client: Client, binary: artifacts_pb2.Binary, progress: Progress
     give_up = time.monotonic() + HASH_TIMEOUT_S
     while binary.state == State.STATE_HASHING:
         if time.monotonic() > give_up:
-            raise UploadError(f"{binary.name} is still being hashed after {HASH_TIMEOUT_S:.0f} s: repeat the command later")
+            raise UploadError(
+                f"{binary.name} is still being hashed after {HASH_TIMEOUT_S:.0f} s: repeat the command later"
+            )
         progress("hash", 0, binary.size)
         time.sleep(0.1)
         binary = client.artifacts.GetBinary(artifacts_pb2.GetBinaryRequest(name=binary.name))
     if binary.state == State.STATE_UPLOADABLE:
-        raise UploadError(f"the server refused the bytes of {binary.name}: {binary.state_reason}; upload the file again")
+        raise UploadError(
+            f"the server refused the bytes of {binary.name}: {binary.state_reason}; upload the file again"
+        )
     progress("hash", binary.size, binary.size)
     return binary
 

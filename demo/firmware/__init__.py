@@ -1,7 +1,7 @@
 """Thermostat firmware for the demonstration: real archives, the same bytes at every build.
 
-Each version is a tar.gz with the program `run` (POSIX sh, so that sixty devices cost nothing) and `payload.bin`, and a
-configuration that is a binary of its own and lands beside the program as `config.json`.
+Each version is a tar.gz with the program `run` (POSIX sh, so that sixty devices cost nothing) and `payload.bin`, and
+a configuration that is a binary of its own and lands beside the program as `config.json`.
 
 | version | payload | what it is |
 |---|---|---|

@@ -20,6 +20,7 @@ KAFKA, KAFKA_CONTROLLER, REDIS, S3 = 92, 93, 379, 900  # offsets from the base, 
 SERVICES = {"registry": 101, "pki": 102, "artifacts": 103, "releases": 104, "rollout": 105, "webhooks": 106}
 PUBLIC = 100  # a service's public port, from its internal one
 GATEWAY, GATEWAY_HEALTH, WORKER_HEALTH = 443, 407, 408
+WEBHOOK_RECEIVER = 700  # where a receiver on this machine may listen: the one exception to the webhook policy
 ENV, DEPLOYMENT, PARTITIONS, BUCKET = "dev", "local", 4, "groundswell"
 GATEWAY_DOMAIN = "devices.localhost"
 HOST = "127.0.0.1"
@@ -71,6 +72,7 @@ class Settings:
             "GROUNDSWELL_GATEWAY_HEALTH": self.address(GATEWAY_HEALTH),
             "GROUNDSWELL_WORKER_HEALTH": self.address(WORKER_HEALTH),
             "GROUNDSWELL_GATEWAY_DOMAIN": GATEWAY_DOMAIN,
+            "GROUNDSWELL_WEBHOOK_ALLOW": self.webhook_receiver,
         }
         for name, offset in SERVICES.items():
             defaults[f"GROUNDSWELL_{name.upper()}_INTERNAL"] = self.address(offset)
@@ -80,6 +82,11 @@ class Settings:
     def is_external(self, variable: str) -> bool:
         """Whether that server's address was given, so that it is not ours to start."""
         return variable in self.overrides
+
+    @property
+    def webhook_receiver(self) -> str:
+        """`host:port` that webhooks may be sent to although it is loopback."""
+        return self.address(WEBHOOK_RECEIVER)
 
     @property
     def env(self) -> str:

@@ -117,11 +117,15 @@ class CheckInHandler:
             attributes={key[:64]: value[:256] for key, value in body.attributes.items()},
             metrics=body.metrics,
             certificate_fingerprint=view.fingerprint,
-            idle=self._is_idle(view, running, bool(device_reports), attempt),
-            receipt=device_pb2.Receipt(decided_at_ms=int(self._now() * 1000), views=self._views.positions(view.organization)),
+            idle=self._is_idle(view, running, attempt, has_reports=bool(device_reports)),
+            receipt=device_pb2.Receipt(
+                decided_at_ms=int(self._now() * 1000), views=self._views.positions(view.organization)
+            ),
         )
 
-    def _is_idle(self, view: DeviceView, running: registry_pb2.ReportedState, has_reports: bool, attempt: str) -> bool:
+    def _is_idle(
+        self, view: DeviceView, running: registry_pb2.ReportedState, attempt: str, *, has_reports: bool
+    ) -> bool:
         """Nothing here can matter to a rollout: see CheckInItem.idle."""
         if has_reports or attempt or running != view.device.reported:
             return False

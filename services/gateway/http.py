@@ -18,10 +18,10 @@ from typing import Any, Final
 import grpc
 from aiohttp import web
 from groundswell.pki.v1 import pki_pb2
-
-from libs.errors import GroundswellError, UnavailableError
 from libs.rpc import error_of
 from libs.seal import unseal
+
+from libs.errors import GroundswellError, UnavailableError
 from services.gateway import body as bodies
 from services.gateway.checkin import CheckInHandler
 from services.gateway.identity import REVOKED_REASONS, fingerprint_of, organization_of_socket, refuse_identity
@@ -153,7 +153,9 @@ def _error(status: int, reason: str, message: str, retry_after_s: float | None =
 
 
 @web.middleware
-async def _errors(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+async def _errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
     """The one place where an error becomes a status."""
     try:
         return await handler(request)

@@ -6,7 +6,8 @@ Rules (protocols.md section 3, docs/device-api.md):
   are anchors of the handshake. An unknown name ends it with ``unrecognized_name``.
 * A device is known by the SHA-256 of its leaf, never by anything it says about itself.
 * Expired leaves pass the handshake (``X509_V_FLAG_NO_CHECK_TIME``) and are judged here, so that the device is told why.
-* A leaf of an unknown CA dies in the handshake; it is counted and logged with OpenSSL's verify code, and the wire says no more.
+* A leaf of an unknown CA dies in the handshake; it is counted and logged with OpenSSL's verify code, and nothing
+  more goes on the wire.
 """
 
 from __future__ import annotations

@@ -88,9 +88,7 @@ def upload(
     done = _with_progress(state, wanted)
     if sign_with is not None:
         signature = sign_digest(load_key(sign_with), done.sha256)
-        done = state.client.artifacts.SignBinary(
-            artifacts_pb2.SignBinaryRequest(name=done.name, signature=signature)
-        )
+        done = state.client.artifacts.SignBinary(artifacts_pb2.SignBinaryRequest(name=done.name, signature=signature))
     state.output.one(done)
 
 
@@ -111,9 +109,7 @@ def binary_sign(context: typer.Context, name: str, key: Annotated[Path, typer.Op
     state = session(context)
     found = state.client.artifacts.GetBinary(artifacts_pb2.GetBinaryRequest(name=name))
     signature = sign_digest(load_key(key), found.sha256)
-    state.output.one(
-        state.client.artifacts.SignBinary(artifacts_pb2.SignBinaryRequest(name=name, signature=signature))
-    )
+    state.output.one(state.client.artifacts.SignBinary(artifacts_pb2.SignBinaryRequest(name=name, signature=signature)))
 
 
 @bundle.command("create")
@@ -127,7 +123,8 @@ def bundle_create(
 ) -> None:
     """Make a bundle; with --sign-with its statement is checked and signed here.
 
-    Example: `swell bundle create fw-1-1-0 --version 1.1.0 --binary main/1.1.0/board-a --binary config/1.1.0/portable --sign-with release.pem`
+    Example: `swell bundle create fw-1-1-0 --version 1.1.0 --binary main/1.1.0/board-a
+    --binary config/1.1.0/portable --sign-with release.pem`
     """
     state = session(context)
     entries = [artifacts_pb2.BundleEntrySpec(binary=_binary_name(state, name)) for name in binary]
@@ -148,9 +145,7 @@ def bundle_sign(context: typer.Context, name: str, key: Annotated[Path, typer.Op
     """Check a bundle's statement and sign it."""
     state = session(context)
     full = state.name_in_product("bundles", name)
-    state.output.one(
-        _sign(state, state.client.artifacts.GetBundle(artifacts_pb2.GetBundleRequest(name=full)), key)
-    )
+    state.output.one(_sign(state, state.client.artifacts.GetBundle(artifacts_pb2.GetBundleRequest(name=full)), key))
 
 
 def _sign(state: Session, found: artifacts_pb2.Bundle, key: Path) -> artifacts_pb2.Bundle:
@@ -162,6 +157,6 @@ def _binary_name(state: Session, given: str) -> str:
     if given.startswith("organizations/"):
         return given
     parts = given.split("/")
-    if len(parts) != 3:  # noqa: PLR2004 - artifact, version, binary
+    if len(parts) != 3:
         raise typer.BadParameter(f"'{given}' is not ARTIFACT/VERSION/ID")
     return f"{state.product_name()}/artifacts/{parts[0]}/versions/{parts[1]}/binaries/{parts[2]}"

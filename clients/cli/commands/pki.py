@@ -46,7 +46,8 @@ def ca_register(
 ) -> None:
     """Register a CA with its proof of possession.
 
-    Example: `swell ca register factory --certificate ca.pem --proof proof.pem --jitp --rule 'canary-*=canary' --cohort production`
+    Example: `swell ca register factory --certificate ca.pem --proof proof.pem --jitp --rule 'canary-*=canary'
+    --cohort production`
     """
     state = session(context)
     rules = []
@@ -104,9 +105,7 @@ def certificate_revoke(
     """Revoke a device certificate (by its SHA-256 fingerprint) for good."""
     state = session(context)
     full = state.name_in_organization("deviceCertificates", name)
-    answer = state.client.pki.RevokeDeviceCertificate(
-        pki_pb2.RevokeDeviceCertificateRequest(name=full, reason=reason)
-    )
+    answer = state.client.pki.RevokeDeviceCertificate(pki_pb2.RevokeDeviceCertificateRequest(name=full, reason=reason))
     state.output.text(
         f"{full} is revoked; every gateway refuses it by {answer.effective_by.ToJsonString()}",
         **json.loads(json.dumps({"name": full, "effective_by": answer.effective_by.ToJsonString()})),

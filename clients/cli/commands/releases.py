@@ -31,7 +31,8 @@ def release_create(
 ) -> None:
     """Make a plain release the latest of a cohort.
 
-    Example: `swell release create 1-1-0 --cohort beta --bundle fw-1-1-0 --version 1.1.0 --version-requirement '< 1.1.0'`
+    Example: `swell release create 1-1-0 --cohort beta --bundle fw-1-1-0 --version 1.1.0
+    --version-requirement '< 1.1.0'`
     """
     state = session(context)
     wanted = releases_pb2.Release(

@@ -35,13 +35,16 @@ def register(app: typer.Typer) -> None:
 def rollout_create(
     context: typer.Context,
     rollout_id: str,
-    file: Annotated[Path, typer.Option("--file", "-f", help="JSON of the rollout; cohorts and bundle may be short names.")],
+    file: Annotated[
+        Path, typer.Option("--file", "-f", help="JSON of the rollout; cohorts and bundle may be short names.")
+    ],
     start: Annotated[bool, typer.Option(help="Start it at once.")] = False,
 ) -> None:
-    """Create a rollout from a JSON file. Example file:
+    """Create a rollout from a JSON file.
 
-    `{"bundle": "fw-1-1-0", "failure_action": "FAILURE_ACTION_ROLL_BACK", "stages": [{"display_name": "canary", "cohort": "canary",
-    "max_in_flight": 5, "gate": {"min_sample": 5, "failure_limit": 3, "soak": "8s", "dark_after": "6s"}}]}`
+    Example file: `{"bundle": "fw-1-1-0", "failure_action": "FAILURE_ACTION_ROLL_BACK", "stages": [{"display_name":
+    "canary", "cohort": "canary", "max_in_flight": 5, "gate": {"min_sample": 5, "failure_limit": 3, "soak": "8s",
+    "dark_after": "6s"}}]}`
     """
     state = session(context)
     wanted = rollout_pb2.Rollout()
@@ -180,7 +183,9 @@ def _print_explanation(state: Session, answer: rollout_pb2.ExplainDeviceResponse
     write = state.output.console.print
     running = answer.running
     write(f"[bold]{answer.device}[/bold]")
-    write(f"runs {running.version or 'an unknown version'} {running.release or running.bundle or '(no release reported)'}")
+    write(
+        f"runs {running.version or 'an unknown version'} {running.release or running.bundle or '(no release reported)'}"
+    )
     for grant in answer.grants:
         attempt = grant.attempt
         states = device_pb2.AttemptState
