@@ -11,6 +11,7 @@ import random
 import time
 import uuid
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 from clients.agent.config import Config
@@ -18,7 +19,7 @@ from clients.agent.failpoints import FailPoints
 from clients.agent.log import Log
 from clients.agent.program import Outcome, call
 from clients.device import machine
-from clients.device.api import DeviceApi
+from clients.device.api import DeviceApi, fitting
 from clients.device.counter import Counter
 from clients.device.download import fetch_once, verify_file
 from clients.device.errors import DeviceError, DownloadError, RefusedError, ServerError, StateError, TransportError
@@ -156,15 +157,17 @@ class Agent:
 
     def _poll(self) -> None:
         state = self._state
-        request = CheckIn(
-            instance=state.instance,
-            boot_id=self._boot_id,
-            counter=self._counter.take(),
-            running=state.running(),
-            attempt=state.work.offer.attempt if state.work else "",
-            ask_go=state.asks_go(),
-            reports=self._outbox[:MAX_REPORTS],
-            attributes=self._config.attributes,
+        request = fitting(
+            CheckIn(
+                instance=state.instance,
+                boot_id=self._boot_id,
+                counter=self._counter.take(),
+                running=state.running(),
+                attempt=state.work.offer.attempt if state.work else "",
+                ask_go=state.asks_go(),
+                reports=self._outbox[:MAX_REPORTS],
+                attributes=self._config.attributes,
+            )
         )
         # A `go` is counted from when it was asked for: its way here is part of its time.
         self._asked_at = time.monotonic()
@@ -181,13 +184,21 @@ class Agent:
         self._failures = 0
         poll = self._config.poll_s if self._config.poll_s is not None else answer.poll_after_s
         self._next_poll = time.monotonic() + max(_LEAST_POLL_S, poll)
-        kept = tuple(one for one in self._outbox if one.counter > answer.reports_accepted_through)
-        if kept != self._outbox:
-            self._outbox = kept
-            self._save(self._state)
+        self._acknowledged(len(request.reports), answer.reports_accepted_through)
         if answer.kind != "none":
             self._log("answered", answer=answer.kind, reasons=answer.reasons)
         self._feed(machine.Answered(answer))
+
+    def _acknowledged(self, sent: int, through: int) -> None:
+        """Forget what the log has. What did not fit is numbered anew, since its numbers now lie in the past."""
+        kept = tuple(one for one in self._outbox[:sent] if one.counter > through)
+        if not kept:
+            kept = tuple(replace(one, counter=self._counter.take()) for one in self._outbox[sent:])
+        else:
+            kept += self._outbox[sent:]
+        if kept != self._outbox:
+            self._outbox = kept
+            self._save(self._state)
 
     # Getting the bytes
 

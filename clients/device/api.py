@@ -19,7 +19,7 @@ import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,17 @@ def _client_context(endpoint: Endpoint) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         raise ConfigError("TLS_FILES", f"CA file, certificate or key cannot be used: {error}") from error
     return context
+
+
+def fitting(request: CheckIn) -> CheckIn:
+    """The same check-in with only as many of its oldest reports as one body holds."""
+    while request.reports and len(_body(request)) > MAX_REQUEST:
+        request = replace(request, reports=request.reports[: len(request.reports) // 2])
+    return request
+
+
+def _body(request: CheckIn) -> bytes:
+    return json.dumps(request.to_json(), separators=(",", ":")).encode()
 
 
 class _Connection(http.client.HTTPConnection):
@@ -125,7 +136,7 @@ class DeviceApi:
 
     def check_in(self, request: CheckIn) -> Answer:
         """Send one check-in. Raises TransportError or ServerError; then nothing is known of its effect."""
-        body = json.dumps(request.to_json(), separators=(",", ":")).encode()
+        body = _body(request)
         if len(body) > MAX_REQUEST:
             raise ConfigError("BODY_TOO_LARGE", f"a check-in of {len(body)} bytes is over the {MAX_REQUEST} allowed")
         status, headers, data = self._exchange_once("POST", "/v1/checkin", body)

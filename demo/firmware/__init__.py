@@ -15,8 +15,8 @@ serial number. Its configuration was cut down by someone who knew only the board
 * `watchdog_slots` is 7 where it must be above any digit: a board whose serial ends in **7** divides by zero while
   it boots, so it never comes up (digits above 7 get a negative period, whose sign the timer drops: they live).
 * `log_channels` went up to 5 and `log_rotated_channels` stayed at 4: the log of boards on channel 4, whose serial
-  ends in **4** or **9**, is never rotated. They boot, pass their first health checks, are confirmed, and fail in the soak
-  at the health check number `log_limit` + 1, counted from the installation.
+  ends in **4** or **9**, is never rotated. They boot, pass their first health checks, are confirmed, and fail
+  in the soak at the health check number `log_limit` + 1, counted from the installation.
 
 Every other board stays healthy. What a board does depends only on its serial number, so the demonstration chooses.
 """

@@ -69,7 +69,8 @@ class Device:
         process.wait()
 
     def body(self) -> dict[str, Any]:
-        return json.loads((self.state / "state.json").read_bytes())["body"]["machine"]
+        found: dict[str, Any] = json.loads((self.state / "state.json").read_bytes())["body"]["machine"]
+        return found
 
     def log(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.root / "agent.log").read_text().splitlines()]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import pytest
 
+from clients.device.model import Report
+from clients.device.state import StateFile
 from tests.integration.agent.conftest import Device, bundle
 from tests.integration.agent.doubles import (
     Gateway,
@@ -217,3 +222,43 @@ def _await(condition: Callable[[], bool], timeout_s: float = 25.0) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+def test_more_reports_than_one_body_holds_all_arrive(gateway: Gateway, device: Device) -> None:
+    gateway.down = True
+    process = device.start()
+    _await((device.state / "state.json").exists)
+    process.kill()
+    process.wait()
+    # As if a long time without the server had filled the outbox.
+    file = StateFile(device.state / "state.json")
+    body = file.load()
+    assert body is not None
+    body["outbox"] = [
+        Report(counter, f"attempt-{counter}", "FAILED", "UNHEALTHY", "x" * 500).to_json() for counter in range(1, 101)
+    ]
+    file.save(body)
+    StateFile(device.state / "counter.json").save({"reserved": 128})
+    gateway.down = False
+    device.start()
+    gateway.until(lambda: len(gateway.history) >= 100, "every report")
+    assert [name for name, *_ in gateway.history] == [f"attempt-{number}" for number in range(1, 101)]
+
+
+def test_a_fleet_is_many_agents_that_end_together(gateway: Gateway, device: Device) -> None:
+    gateway.one_device = False
+    files = []
+    for name in ("x", "y", "z"):
+        path = device.root / f"{name}.json"
+        path.write_text(json.dumps({**device.config, "state_directory": name, "log": f"{name}.log"}))
+        files += ["--config", str(path)]
+    command = [sys.executable, "-m", "clients.agent.fleet", *files]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pids = json.loads(parent.stdout.readline())["pids"]
+        gateway.until(lambda: len(gateway.running) >= 9, "check-ins")
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(10) == 0
+    assert len(set(pids)) == 3
+    for name in ("x", "y", "z"):
+        assert json.loads((device.root / f"{name}.log").read_text().splitlines()[-1])["event"] == "ended"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def answer(kind: str = "none", **parts: object) -> machine.Answered:
     return machine.Answered(Answer(kind, 1.0, 0, **parts))  # type: ignore[arg-type]
 
 
-def offered(**changes: object) -> machine.Answered:
+def offered(**changes: Any) -> machine.Answered:
     return answer("offer", offer=offer(SIGNER, **changes))
 
 

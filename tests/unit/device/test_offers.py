@@ -71,8 +71,8 @@ def test_t05_t06_a_lower_security_version_is_refused_under_valid_signatures() ->
 
 
 def test_the_version_told_beside_the_statement_must_be_the_signed_one() -> None:
-    for lie in ({"version": "9.9.9"}, {"security_version": 9}):
-        assert refusal(rules(ONE), replace(offer(ONE), **lie)) == "STATEMENT_MISMATCH"  # type: ignore[arg-type]
+    for lie in (replace(offer(ONE), version="9.9.9"), replace(offer(ONE), security_version=9)):
+        assert refusal(rules(ONE), lie) == "STATEMENT_MISMATCH"
 
 
 def test_another_product_is_refused() -> None:
@@ -82,7 +82,7 @@ def test_another_product_is_refused() -> None:
 def test_t12_parts_of_two_valid_bundles_do_not_mix() -> None:
     other = binary(b"other config", {"role": "config", "filename": "config.json"})
     other_offer = offer(ONE, binaries=(PROGRAM, other))
-    assert verify(rules(ONE), other_offer, 0)
+    assert verify(rules(ONE), other_offer, 0) == other_offer
     assert refusal(rules(ONE), replace(offer(ONE), binaries=(PROGRAM, other))) == "STATEMENT_MISMATCH"
 
 
