@@ -19,7 +19,7 @@ from libs.eventlog.chores import back_off
 from libs.eventlog.codec import LOG_ID, header, read_envelope, types_by_name
 from libs.eventlog.config import public_topic
 from libs.eventlog.deadline import Deadline, monotonic
-from libs.eventlog.inbox import LagMeter
+from libs.eventlog.inbox import FETCH_SHARE, LagMeter
 from libs.eventlog.model import Foreign, Token
 from libs.eventlog.ports import EventLog, LogError, Record, Tail, TopicPartition
 from libs.eventlog.runtime import log_reset
@@ -176,7 +176,7 @@ class PublicFollower:
         measuring = asyncio.create_task(self._measure(tail))
         try:
             while True:
-                for record in await tail.fetch(1.0):
+                for record in await tail.fetch(self._lag_every_s * FETCH_SHARE):
                     self._give(record)
                 self._reached(tail)
                 if measuring.done():

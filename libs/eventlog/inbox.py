@@ -18,12 +18,16 @@ from libs.eventlog.codec import LOG_ID, header
 from libs.eventlog.config import RuntimeConfig
 from libs.eventlog.deadline import monotonic
 from libs.eventlog.leader import Leadership
-from libs.eventlog.ports import EventLog, Record, Tail, TopicPartition
+from libs.eventlog.ports import EventLog, Record, TopicPartition
 from libs.eventlog.work import ForeignWork
 
 logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
+
+
+FETCH_SHARE = 0.25
+"""A tail notices markers only when a fetch ends, so fetches are shorter than the interval of measuring."""
 
 
 class SourceResetError(Exception):
@@ -67,6 +71,8 @@ class LagMeter:
 class Inbox(Generic[S]):
     """Feeds one leadership's queue from all sources."""
 
+    work_type: type[ForeignWork[S]] = ForeignWork
+
     def __init__(self, leadership: Leadership[S], log: EventLog, config: RuntimeConfig) -> None:
         self._leadership = leadership
         self._log = log
@@ -76,7 +82,7 @@ class Inbox(Generic[S]):
         ]
         self.meter = LagMeter(self._sources)
         self.problem = ""
-        self._tail: Tail | None = None
+        self._taken_in: dict[TopicPartition, int] = {}
 
     async def run(self) -> None:
         """Until cancelled. A failure is retried from the watermark, which is in the log."""
@@ -129,11 +135,12 @@ class Inbox(Generic[S]):
         measuring = asyncio.create_task(self._measure())
         try:
             while True:
-                records = await tail.fetch(self._config.lag_every_s)
+                records = await tail.fetch(self._config.lag_every_s * FETCH_SHARE)
                 for start in range(0, len(records), self._config.inbox_chunk):
                     await self._enter(records[start : start + self._config.inbox_chunk])
                 self.problem = ""
                 for source in self._sources:
+                    self._taken_in[source] = tail.position(source)
                     self.meter.reached(source, tail.position(source))
                 if measuring.done():
                     measuring.result()
@@ -145,7 +152,7 @@ class Inbox(Generic[S]):
         works = []
         for record in records:
             self._check_log(record)
-            work: ForeignWork[S] = ForeignWork(record, again=again)
+            work = self.work_type(record, again=again)
             self._leadership.enqueue(work)
             works.append(work)
         for work in works:
@@ -164,4 +171,6 @@ class Inbox(Generic[S]):
         while True:
             at = monotonic()
             self.meter.measured(at, await self._log.end_positions(self._sources))
+            for source, position in self._taken_in.items():
+                self.meter.reached(source, position)
             await asyncio.sleep(self._config.lag_every_s)
