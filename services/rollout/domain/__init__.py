@@ -1,0 +1,25 @@
+"""The pure core of rollout: state, rules, fold."""
+
+from services.rollout.domain.commands import (
+    AuthorizeSwitch,
+    ClaimOffers,
+    Control,
+    CreateRollout,
+    RecordObservations,
+    StageReleaseMade,
+    StageReleaseRefused,
+)
+from services.rollout.domain.decide import RolloutDomain
+from services.rollout.domain.state import State
+
+__all__ = [
+    "AuthorizeSwitch",
+    "ClaimOffers",
+    "Control",
+    "CreateRollout",
+    "RecordObservations",
+    "RolloutDomain",
+    "StageReleaseMade",
+    "StageReleaseRefused",
+    "State",
+]

@@ -1,0 +1,533 @@
+"""The fold: state after an event. Counters, indexes and deadlines follow from the events alone.
+
+Invariants: a counter of a plan changes only here, by the difference between an attempt before and after its event; an
+attempt with a deadline is in exactly one bucket of ``due``, one without is in none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from google.protobuf.message import Message
+from groundswell.artifacts.v1 import events_pb2 as artifacts_events
+from groundswell.registry.v1 import events_pb2 as registry_events
+from groundswell.registry.v1 import registry_pb2
+from groundswell.releases.v1 import events_pb2 as releases_events
+from groundswell.rollout.v1 import events_pb2, rollout_pb2
+from immutables import Map
+
+from libs.eventlog.model import Event
+from services.rollout.domain.state import (
+    CONFIRMED,
+    DUE_BUCKET_MS,
+    EXPIRED,
+    FAILED,
+    FORWARD,
+    PLAIN_POLICY,
+    REVERTED,
+    ROLLBACK,
+    WENT_DARK,
+    Attempt,
+    BundleFacts,
+    Claim,
+    Counts,
+    DeviceFacts,
+    Plan,
+    Policy,
+    Running,
+    Seen,
+    State,
+    claim_key,
+    duration_ms,
+    expected_ms,
+    policy_of,
+    way_back_key,
+)
+
+_Rollout = rollout_pb2.Rollout
+ACTIVE_STATES: Final = frozenset(
+    {_Rollout.STATE_RUNNING, _Rollout.STATE_PAUSED, _Rollout.STATE_HALTED, _Rollout.STATE_ROLLING_BACK}
+)
+"""States in which a rollout holds its cohorts."""
+
+
+def _put(index: Map[str, Map[str, None]], key: str, member: str) -> Map[str, Map[str, None]]:
+    return index.set(key, index.get(key, Map()).set(member, None))
+
+
+def _drop(index: Map[str, Map[str, None]], key: str, member: str) -> Map[str, Map[str, None]]:
+    members = index.get(key)
+    if members is None or member not in members:
+        return index
+    rest = members.delete(member)
+    return index.set(key, rest) if rest else index.delete(key)
+
+
+# Deadlines ---------------------------------------------------------------------------------------------------------
+
+
+def deadline_ms(state: State, attempt: Attempt) -> int:
+    """Stream time at which the attempt is due to expire, go dark or be soaked; -1 when nothing is due any more."""
+    policy = attempt.policy
+    if attempt.in_flight and not attempt.go:
+        return min(attempt.lease_from_ms + policy.lease_ms, attempt.first_lease_ms + policy.max_lease_ms)
+    if attempt.in_flight:
+        return max(silence_ms(state, attempt), attempt.go_ms + policy.go_valid_ms)
+    if attempt.in_soak and not attempt.superseded and attempt.kind == FORWARD:
+        return min(silence_ms(state, attempt), attempt.confirmed_ms + policy.soak_ms)
+    return -1
+
+
+def silence_ms(state: State, attempt: Attempt) -> int:
+    """Stream time at which the device, if it stays silent, is dark."""
+    seen = state.seen.get(attempt.device, Seen())
+    return seen.last_seen_ms + expected_ms(state, attempt.device) + attempt.policy.dark_after_ms
+
+
+def _index(state: State, attempt: Attempt) -> State:
+    """Store an attempt and put it in the bucket of its deadline."""
+    old = state.attempts.get(attempt.name)
+    before = old.due_ms if old is not None else -1
+    after = deadline_ms(state, attempt)
+    due, watched, floor = state.due, state.watched, state.due_floor
+    if before != after:
+        if before >= 0:
+            bucket = before // DUE_BUCKET_MS
+            rest = due[bucket].delete(attempt.name)
+            due = due.set(bucket, rest) if rest else due.delete(bucket)
+        if after >= 0:
+            bucket = after // DUE_BUCKET_MS
+            due = due.set(bucket, due.get(bucket, Map()).set(attempt.name, None))
+            floor = min(floor, bucket)
+        if before < 0 <= after:
+            watched = watched.set(attempt.name, None)
+        elif after < 0 <= before:
+            watched = watched.delete(attempt.name)
+        attempt = replace(attempt, due_ms=after)
+    return replace(
+        state,
+        attempts=state.attempts.set(attempt.name, attempt),
+        due=due,
+        watched=watched,
+        due_floor=floor,
+    )
+
+
+# Counters ----------------------------------------------------------------------------------------------------------
+
+
+def counts_of(state: State, attempt: Attempt) -> Counts:
+    """Counters of the plan the attempt is under."""
+    if attempt.rollout:
+        return state.rollouts[attempt.rollout].counts[attempt.stage]
+    return state.plain.get(attempt.plan, Counts())
+
+
+def _with_counts(state: State, attempt: Attempt, counts: Counts) -> State:
+    if not attempt.rollout:
+        return replace(state, plain=state.plain.set(attempt.plan, counts))
+    plan = state.rollouts[attempt.rollout]
+    changed = (*plan.counts[: attempt.stage], counts, *plan.counts[attempt.stage + 1 :])
+    return replace(state, rollouts=state.rollouts.set(attempt.rollout, replace(plan, counts=changed)))
+
+
+def _share(attempt: Attempt) -> dict[str, int]:
+    """What one attempt adds to the counters of its plan."""
+    if attempt.in_flight:
+        return {"in_flight": 1}
+    if attempt.superseded:
+        return {}
+    if attempt.kind == ROLLBACK:
+        if attempt.state == CONFIRMED:
+            return {"rolled_back": 1}
+        return {"rollback_failed": 1} if attempt.state in (FAILED, REVERTED, WENT_DARK) else {}
+    share: dict[str, int] = {}
+    match attempt.state:
+        case s if s == CONFIRMED:
+            share["confirmed"] = 1
+            if attempt.soaked:
+                share["soaked"] = 1
+        case s if s == FAILED:
+            share["failed"] = 1
+        case s if s == REVERTED:
+            share["reverted"] = 1
+        case s if s == WENT_DARK:
+            share["dark"] = 1
+    if attempt.withdrawn:
+        share["withdrawn"] = 1
+    return share
+
+
+def _recount(state: State, before: Attempt | None, after: Attempt) -> State:
+    plan = state.rollouts.get(after.rollout) if after.rollout else None
+    counts = counts_of(state, after)
+    frozen = plan is not None and 0 <= plan.count_until_ms < state.stream_ms
+    delta: dict[str, int] = _share(after)
+    if before is not None:
+        for name, amount in _share(before).items():
+            delta[name] = delta.get(name, 0) - amount
+    if frozen:  # long after completion, outcomes are events only; what is in flight is always true
+        delta = {name: amount for name, amount in delta.items() if name == "in_flight"}
+    changed: dict[str, int] = {name: getattr(counts, name) + amount for name, amount in delta.items() if amount}
+    if not changed:
+        return state
+    counts = replace(counts, **changed)  # type: ignore[arg-type]
+    if counts.in_flight > counts.peak_in_flight:
+        counts = replace(counts, peak_in_flight=counts.in_flight)
+    return _with_counts(state, after, counts)
+
+
+def _store(state: State, before: Attempt | None, after: Attempt) -> State:
+    return _index(_recount(state, before, after), after)
+
+
+# Devices that must come back ---------------------------------------------------------------------------------------
+
+
+def _awaited_by(state: State, device: str) -> str:
+    """The rollout that must wait for this device to come back, if it were rolled back now; empty when none."""
+    seen = state.seen.get(device)
+    release = seen.running.release if seen is not None else ""
+    rollout = state.owners.get(release, "") if release else ""
+    if not rollout:
+        return ""
+    back = state.claims.get(way_back_key(device, release))
+    if back is not None:
+        if back.held:
+            return ""
+        if back.attempts and state.attempts[back.attempts[-1]].state in (FAILED, REVERTED, WENT_DARK):
+            return ""
+    there = state.claims.get(claim_key(device, release))
+    if there is not None and there.attempts and state.attempts[there.attempts[-1]].state == WENT_DARK:
+        return ""
+    return rollout
+
+
+def _with_awaited(state: State, before: str, after: str) -> State:
+    if before == after:
+        return state
+    rollouts = state.rollouts
+    for name, amount in ((before, -1), (after, 1)):
+        plan = rollouts.get(name)
+        if plan is not None:
+            rollouts = rollouts.set(name, replace(plan, to_return=plan.to_return + amount))
+    return replace(state, rollouts=rollouts)
+
+
+# Events of attempts ------------------------------------------------------------------------------------------------
+
+
+def _policy_for(state: State, attempt: rollout_pb2.Attempt) -> Policy:
+    plan = state.rollouts.get(attempt.rollout) if attempt.rollout else None
+    return plan.policies[attempt.stage] if plan is not None else PLAIN_POLICY
+
+
+def _granted(state: State, payload: events_pb2.AttemptGranted, event: Event) -> State:
+    it = payload.attempt
+    key = (
+        way_back_key(it.device, it.rollback_of)
+        if it.kind == ROLLBACK
+        else claim_key(it.device, it.release or it.bundle)
+    )
+    attempt = Attempt(
+        name=it.name,
+        device=it.device,
+        claim=key,
+        plan=it.rollout or it.release or it.bundle,
+        rollout=it.rollout,
+        stage=it.stage,
+        kind=it.kind,
+        release=it.release,
+        bundle=it.bundle,
+        version=payload.version,
+        security_version=it.security_version,
+        rollback_of=it.rollback_of,
+        state=it.state,
+        policy=_policy_for(state, it),
+        ordinal=it.ordinal,
+        granted_ms=event.occurred_at_ms,
+        receipt=payload,
+        lease_from_ms=state.stream_ms,
+        first_lease_ms=state.stream_ms,
+    )
+    came_from = Running(payload.came_from_release, payload.came_from_bundle, payload.came_from_version)
+    claim = state.claims.get(key) or Claim(key, it.device, came_from, ())
+    fresh = not claim.attempts
+    if claim.attempts:
+        last = state.attempts[claim.attempts[-1]]
+        state = _store(state, last, replace(last, superseded=True))
+    counts = counts_of(state, attempt)
+    if it.kind == FORWARD:
+        window = event.occurred_at_ms - counts.rate_from_ms < 60_000
+        counts = replace(
+            counts,
+            claimed=counts.claimed + (1 if fresh else 0),
+            rate_from_ms=counts.rate_from_ms if window else event.occurred_at_ms,
+            rate_count=counts.rate_count + 1 if window else 1,
+        )
+    elif claim.held:
+        counts = replace(counts, held=counts.held - 1)
+    state = _with_counts(state, attempt, counts)
+    seen = state.seen.get(it.device, Seen())
+    state = replace(
+        state,
+        claims=state.claims.set(key, replace(claim, attempts=(*claim.attempts, it.name), held="")),
+        seen=state.seen.set(it.device, replace(seen, live=it.name, attempts=(*seen.attempts, it.name))),
+        live=_put(state.live, attempt.plan, it.name),
+        by_rollout=_put(state.by_rollout, it.rollout, it.name) if it.rollout else state.by_rollout,
+    )
+    return _store(state, None, attempt)
+
+
+def _moved(state: State, payload: events_pb2.AttemptMoved, _event: Event) -> State:
+    before = state.attempts[payload.attempt]
+    seen = state.seen[before.device]
+    after = replace(
+        before,
+        state=payload.state,
+        withdrawn=payload.withdrawn,
+        code=payload.code,
+        lease_from_ms=state.stream_ms,
+        confirmed_ms=state.stream_ms if payload.state == CONFIRMED else before.confirmed_ms,
+        soaked=before.soaked and payload.state == CONFIRMED,
+    )
+    if before.in_flight and not after.in_flight:
+        state = replace(state, live=_drop(state.live, before.plan, before.name))
+        seen = replace(seen, live="" if seen.live == before.name else seen.live)
+    if after.state in (CONFIRMED, WENT_DARK) and not after.superseded:
+        seen = replace(seen, anchor=after.name)
+    elif seen.anchor == after.name:
+        seen = replace(seen, anchor="")
+    if after.state == CONFIRMED:
+        seen = replace(seen, floor=max(seen.floor, after.security_version))
+    claims = state.claims
+    if after.state == EXPIRED:
+        claim = claims[before.claim]
+        claims = claims.set(before.claim, replace(claim, expired=claim.expired + 1))
+    return _store(replace(state, seen=state.seen.set(before.device, seen), claims=claims), before, after)
+
+
+def _go(state: State, payload: events_pb2.GoGiven, _event: Event) -> State:
+    before = state.attempts[payload.attempt]
+    return _index(state, replace(before, go=True, go_ms=state.stream_ms))
+
+
+def _soaked(state: State, payload: events_pb2.AttemptSoaked, _event: Event) -> State:
+    before = state.attempts[payload.attempt]
+    return _store(state, before, replace(before, soaked=True))
+
+
+def _held(state: State, payload: events_pb2.DeviceHeld, _event: Event) -> State:
+    key = way_back_key(payload.device, payload.release)
+    claim = state.claims.get(key) or Claim(key, payload.device, Running(), ())
+    plan = state.rollouts[payload.rollout]
+    counts = plan.counts[payload.stage]
+    if not claim.held:
+        counts = replace(counts, held=counts.held + 1)
+    changed = (*plan.counts[: payload.stage], counts, *plan.counts[payload.stage + 1 :])
+    return replace(
+        state,
+        claims=state.claims.set(key, replace(claim, held=payload.reason.code)),
+        rollouts=state.rollouts.set(payload.rollout, replace(plan, counts=changed)),
+    )
+
+
+def _observed(state: State, payload: events_pb2.DeviceObserved, _event: Event) -> State:
+    before = state.seen.get(payload.device, Seen())
+    retired = before.retired_instances
+    if before.instance and payload.instance != before.instance:
+        retired |= {before.instance}
+    it = payload.running
+    after = replace(
+        before,
+        running=Running(it.release, it.bundle, it.version, it.security_version),
+        instance=payload.instance,
+        retired_instances=retired,
+        counter=payload.counter,
+        body_sha256=payload.body_sha256,
+        floor=max(before.floor, payload.security_floor),
+        cloned=payload.cloned,
+        gateway=payload.gateway or before.gateway,
+        last_seen_ms=state.stream_ms,
+    )
+    state = replace(state, seen=state.seen.set(payload.device, after))
+    return _reschedule(state, after)
+
+
+def _reschedule(state: State, seen: Seen) -> State:
+    """The device was seen (or its silence is excused): its deadlines move."""
+    for name in (seen.live, seen.anchor):
+        if name and state.attempts[name].due_ms >= 0:
+            state = _index(state, state.attempts[name])
+    return state
+
+
+# Events of the stream ----------------------------------------------------------------------------------------------
+
+
+def _recorded(state: State, payload: events_pb2.ObservationsRecorded, _event: Event) -> State:
+    now = payload.stream_time_ms // DUE_BUCKET_MS
+    floor = state.due_floor
+    while floor < now and floor not in state.due:
+        floor += 1
+    return replace(
+        state,
+        watermarks=state.watermarks.set(payload.source_partition, payload.through_position),
+        stream_ms=payload.stream_time_ms,
+        append_ms=payload.append_time_ms,
+        beats=state.beats.update(dict(payload.beats)) if payload.beats else state.beats,
+        due_floor=floor,
+    )
+
+
+def _presence(state: State, payload: events_pb2.GatewayPresenceChanged, _event: Event) -> State:
+    if not payload.lost:
+        return replace(state, lost=state.lost.delete(payload.gateway)) if payload.gateway in state.lost else state
+    state = replace(state, lost=state.lost.set(payload.gateway, None))
+    for device in {state.attempts[name].device for name in state.watched}:
+        seen = state.seen[device]
+        if seen.gateway == payload.gateway:
+            seen = replace(seen, last_seen_ms=state.stream_ms)
+            state = _reschedule(replace(state, seen=state.seen.set(device, seen)), seen)
+    return state
+
+
+# Events of control -------------------------------------------------------------------------------------------------
+
+
+def _saved(state: State, payload: events_pb2.RolloutSaved, _event: Event) -> State:
+    control = payload.rollout
+    old = state.rollouts.get(control.name)
+    if old is None:
+        plan = Plan(
+            control, tuple(Counts() for _ in control.stages), tuple(policy_of(control, it) for it in control.stages)
+        )
+    else:
+        counts = tuple(
+            _stage_saved(state, each, old.control, control, index, payload) for index, each in enumerate(old.counts)
+        )
+        plan = replace(old, control=control, counts=counts)
+    if control.state == _Rollout.STATE_COMPLETED and plan.count_until_ms < 0:
+        plan = replace(plan, count_until_ms=state.stream_ms + max(policy.soak_ms for policy in plan.policies))
+    owners = state.owners
+    for status in control.stage_statuses:
+        if status.release and status.release not in owners:
+            owners = owners.set(status.release, control.name)
+    active = state.active
+    if control.state in ACTIVE_STATES:
+        active = active.set(control.name, None)
+    elif control.name in active:
+        active = active.delete(control.name)
+    return replace(state, rollouts=state.rollouts.set(control.name, plan), owners=owners, active=active)
+
+
+def _stage_saved(
+    state: State,
+    counts: Counts,
+    old: rollout_pb2.Rollout,
+    new: rollout_pb2.Rollout,
+    index: int,
+    payload: events_pb2.RolloutSaved,
+) -> Counts:
+    is_open = new.stage_statuses[index].state == rollout_pb2.StageStatus.STATE_OPEN
+    if is_open and counts.open_ms < 0:
+        counts = replace(counts, open_ms=state.stream_ms)
+    if payload.change == "rollout.resumed" and old.state == _Rollout.STATE_HALTED:
+        counts = replace(counts, forgiven=counts.bad)
+    if payload.change == "rollout.stage_advanced" and payload.stage == index:
+        counts = replace(counts, advanced=True)
+    return counts
+
+
+# Facts of other services -------------------------------------------------------------------------------------------
+
+
+def device_facts(it: registry_pb2.Device) -> DeviceFacts:
+    """What grants depend on."""
+    return DeviceFacts(
+        name=it.name,
+        uid=it.uid,
+        cohort=it.cohort,
+        tags=frozenset(it.tags),
+        target=it.target,
+        quarantined=it.quarantined,
+        retired=it.state == registry_pb2.Device.STATE_RETIRED,
+    )
+
+
+def poll_ms(product: registry_pb2.Product) -> int:
+    """How long after one check-in of its devices the next is expected, jitter included."""
+    policy = product.policy
+    interval = duration_ms(policy, "poll_interval", 60_000)
+    return interval + duration_ms(policy, "poll_jitter", interval // 10)
+
+
+def _device(state: State, payload: registry_events.DeviceChanged, _event: Event) -> State:
+    return replace(state, devices=state.devices.set(payload.device.name, device_facts(payload.device)))
+
+
+def _product(state: State, payload: registry_events.ProductChanged, _event: Event) -> State:
+    return replace(state, products=state.products.set(payload.product.name, poll_ms(payload.product)))
+
+
+def _bundle(state: State, payload: artifacts_events.BundleChanged, _event: Event) -> State:
+    facts = BundleFacts(payload.bundle, tuple(payload.blob_keys))
+    return replace(state, bundles=state.bundles.set(payload.bundle.name, facts))
+
+
+def _graph(state: State, payload: releases_events.GraphChanged, _event: Event) -> State:
+    with state.releases.mutate() as releases:
+        names = tuple(it.name for it in payload.releases)
+        for gone in set(state.graphs.get(payload.cohort, ())) - set(names):
+            del releases[gone]
+        for it in payload.releases:
+            releases[it.name] = it
+        return replace(state, releases=releases.finish(), graphs=state.graphs.set(payload.cohort, names))
+
+
+def _override(state: State, payload: releases_events.BundleOverrideChanged, _event: Event) -> State:
+    name = payload.bundle_override.name
+    if not payload.deleted:
+        return replace(state, overrides=state.overrides.set(name, payload.bundle_override))
+    return replace(state, overrides=state.overrides.delete(name)) if name in state.overrides else state
+
+
+_Fold = Callable[[State, Any, Event], State]
+
+_DEVICE_EVENTS: Final[dict[type[Message], tuple[_Fold, Callable[[State, Any], str]]]] = {
+    events_pb2.AttemptGranted: (_granted, lambda _state, it: str(it.attempt.device)),
+    events_pb2.AttemptMoved: (_moved, lambda state, it: state.attempts[it.attempt].device),
+    events_pb2.DeviceHeld: (_held, lambda _state, it: str(it.device)),
+    events_pb2.DeviceObserved: (_observed, lambda _state, it: str(it.device)),
+}
+"""Events that may change which rollout waits for a device, with the device."""
+
+_OTHER_EVENTS: Final[dict[type[Message], _Fold]] = {
+    events_pb2.RolloutSaved: _saved,
+    events_pb2.GoGiven: _go,
+    events_pb2.AttemptSoaked: _soaked,
+    events_pb2.ObservationsRecorded: _recorded,
+    events_pb2.GatewayPresenceChanged: _presence,
+    registry_events.DeviceChanged: _device,
+    registry_events.ProductChanged: _product,
+    artifacts_events.BundleChanged: _bundle,
+    releases_events.GraphChanged: _graph,
+    releases_events.BundleOverrideChanged: _override,
+}
+
+EVENT_TYPES: Final[tuple[type[Message], ...]] = (*_DEVICE_EVENTS, *_OTHER_EVENTS)
+
+
+def evolve(state: State, event: Event) -> State:
+    """The state after the event."""
+    kind = type(event.payload)
+    found = _DEVICE_EVENTS.get(kind)
+    if found is None:
+        return _OTHER_EVENTS[kind](state, event.payload, event)
+    fold, device_of = found
+    device = device_of(state, event.payload)
+    before = _awaited_by(state, device)
+    state = fold(state, event.payload, event)
+    return _with_awaited(state, before, _awaited_by(state, device))

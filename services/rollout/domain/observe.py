@@ -1,0 +1,200 @@
+"""Folds what a device said: counters, running state, reports. The same fold serves ClaimOffers, AuthorizeSwitch and the
+check-in stream, and a repeat of any item changes nothing.
+
+* One counter sequence per agent instance. A counter that went back is stale: what it says to run is dropped; its reports
+  may still move an attempt forward, because the stream may deliver an older item after a claim was already answered.
+* The same counter with another body is a fork: the device is marked cloned and gets no grant any more.
+* A new instance (factory reset) restarts the sequence; retired instances never return.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from groundswell.device.v1 import device_pb2
+from groundswell.registry.v1 import registry_pb2
+from groundswell.rollout.v1 import events_pb2
+
+from libs.eventlog.model import Public
+from services.rollout.domain import attempts
+from services.rollout.domain.draft import Draft
+from services.rollout.domain.state import (
+    BOOTED,
+    CONFIRMED,
+    FAILED,
+    INSTALLED,
+    REVERTED,
+    WENT_DARK,
+    Attempt,
+    Running,
+    Seen,
+    State,
+)
+
+_REPORTABLE = frozenset(range(device_pb2.ATTEMPT_STATE_ACCEPTED, device_pb2.ATTEMPT_STATE_REVERTED + 1))
+
+
+class Freshness(Enum):
+    """How an item stands to what is known of the device."""
+
+    FRESH = auto()
+    REPEAT = auto()
+    STALE = auto()
+    FORK = auto()
+    RETIRED_INSTANCE = auto()
+
+
+def running_of(it: registry_pb2.ReportedState) -> Running:
+    """As held in state."""
+    return Running(it.release, it.bundle, it.version, it.security_version)
+
+
+def reported_proto(it: Running) -> registry_pb2.ReportedState:
+    """As on the wire."""
+    return registry_pb2.ReportedState(
+        release=it.release, bundle=it.bundle, version=it.version, security_version=it.security_version
+    )
+
+
+def freshness(seen: Seen | None, item: device_pb2.CheckInItem) -> Freshness:
+    """Compare by instance and counter."""
+    if seen is None or not seen.instance:
+        return Freshness.FRESH
+    if item.instance in seen.retired_instances:
+        return Freshness.RETIRED_INSTANCE
+    if item.instance != seen.instance or item.counter > seen.counter:
+        return Freshness.FRESH
+    if item.counter < seen.counter:
+        return Freshness.STALE
+    return Freshness.REPEAT if item.body_sha256 == seen.body_sha256 else Freshness.FORK
+
+
+def fold_item(draft: Draft, item: device_pb2.CheckInItem, gateway: str) -> Freshness | None:
+    """Fold one check-in; None when the device is not known here."""
+    device = item.device
+    facts = draft.state.devices.get(device)
+    if facts is None or (item.device_uid and item.device_uid != facts.uid):
+        return None
+    seen = draft.state.seen.get(device)
+    fresh = freshness(seen, item)
+    match fresh:
+        case Freshness.RETIRED_INSTANCE:
+            return fresh
+        case Freshness.FORK:
+            _cloned(draft, device, seen or Seen())
+            return fresh
+        case Freshness.FRESH:
+            _observe(draft, item, gateway, seen)
+    for report in item.reports:
+        _report(draft, item, report, fresh=fresh is Freshness.FRESH)
+    if fresh is Freshness.FRESH:
+        _implied(draft, item)
+    return fresh
+
+
+def _tracked(state: State, seen: Seen) -> bool:
+    """Whether silence of this device would mean something: then each of its check-ins is an event."""
+    if seen.live:
+        return True
+    anchor = state.attempts.get(seen.anchor) if seen.anchor else None
+    return anchor is not None and (anchor.due_ms >= 0 or anchor.state == WENT_DARK)
+
+
+def _observe(draft: Draft, item: device_pb2.CheckInItem, gateway: str, seen: Seen | None) -> None:
+    before = seen or Seen()
+    running = running_of(item.running)
+    changed = running != before.running
+    news = seen is None or changed or item.instance != before.instance or bool(item.reports)
+    if not news and not _tracked(draft.state, before):
+        return
+    payload = events_pb2.DeviceObserved(
+        device=item.device,
+        running=reported_proto(running),
+        instance=item.instance,
+        counter=item.counter,
+        body_sha256=item.body_sha256,
+        security_floor=before.floor,
+        cloned=before.cloned,
+        gateway=gateway,
+    )
+    _emit(draft, payload, before, "device.release_changed" if changed else "")
+
+
+def _cloned(draft: Draft, device: str, before: Seen) -> None:
+    if before.cloned:
+        return
+    payload = events_pb2.DeviceObserved(
+        device=device,
+        running=reported_proto(before.running),
+        instance=before.instance,
+        counter=before.counter,
+        body_sha256=before.body_sha256,
+        security_floor=before.floor,
+        cloned=True,
+        gateway=before.gateway,
+    )
+    _emit(draft, payload, before, "identity.cloned")
+
+
+def _emit(draft: Draft, payload: events_pb2.DeviceObserved, before: Seen, change: str) -> None:
+    def public(_state: State) -> tuple[Public, ...]:
+        if not change:
+            return ()
+        record = events_pb2.DeviceReported(
+            device=payload.device, running=payload.running, previous=reported_proto(before.running), change=change
+        )
+        return (Public(payload.device, record),)
+
+    draft.emit(payload.device, payload, public)
+    owner = draft.state.owners.get(before.running.release)
+    if owner:
+        draft.touched[owner] = None  # one more may be back
+
+
+def _report(draft: Draft, item: device_pb2.CheckInItem, report: device_pb2.Report, *, fresh: bool) -> None:
+    attempt = draft.state.attempts.get(report.attempt)
+    if attempt is None or attempt.device != item.device or report.state not in _REPORTABLE:
+        return
+    if report.state == CONFIRMED:
+        _confirm(draft, attempt, running_of(item.running))
+    elif attempts.may_move(attempt, report.state):
+        failed = report.state in (FAILED, REVERTED)
+        code = (report.code or ("UNSPECIFIED" if report.state == FAILED else "REVERTED")) if failed else report.code
+        attempts.move(draft, attempt, report.state, code, report.detail)
+    elif fresh and report.state == attempt.state and attempt.state <= INSTALLED and not attempt.go:
+        attempts.move(draft, attempt, attempt.state, report.code, report.detail)  # progress renews the lease
+
+
+def _confirms(attempt: Attempt, running: Running) -> bool:
+    """A confirmation counts only from the firmware it speaks of."""
+    return attempt.leads_to(running) and running.version == attempt.version
+
+
+def _confirm(draft: Draft, attempt: Attempt, running: Running) -> None:
+    if not _confirms(attempt, running):
+        return
+    if attempt.state <= INSTALLED and attempts.may_move(attempt, BOOTED):
+        attempts.move(draft, attempt, BOOTED)
+        attempt = draft.state.attempts[attempt.name]
+    if attempts.may_move(attempt, CONFIRMED):
+        attempts.move(draft, attempt, CONFIRMED)
+
+
+def _implied(draft: Draft, item: device_pb2.CheckInItem) -> None:
+    """What running state alone says about the last confirmation, or about a device that was dark."""
+    seen = draft.state.seen.get(item.device, Seen())
+    running = running_of(item.running)
+    if not seen.anchor or not running:
+        return
+    anchor = draft.state.attempts[seen.anchor]
+    if anchor.leads_to(running):
+        if anchor.state == WENT_DARK and anchor.withdrawn:
+            _confirm(draft, anchor, running)  # its health was confirmed before it fell silent
+        return
+    later = seen.attempts[seen.attempts.index(anchor.name) + 1 :]
+    if any(draft.state.attempts[name].go for name in later):
+        return
+    if anchor.state == WENT_DARK and not anchor.withdrawn and item.attempt == anchor.name:
+        return  # still at work on it, not yet switched
+    if attempts.may_move(anchor, REVERTED):
+        attempts.move(draft, anchor, REVERTED, "RUNS_ANOTHER_RELEASE", "checked in with other firmware")
