@@ -1,0 +1,29 @@
+"""Records of the check-in topic: signing, verifying, replay protection (protos/groundswell/device/v1/device.proto)."""
+
+from libs.checkins.record import (
+    MAX_BYTES,
+    MAX_ITEMS,
+    CheckInSigner,
+    GatewayKey,
+    GatewayKeys,
+    Rejected,
+    VerifiedBatch,
+    key_id_of,
+    signed_bytes,
+    verify,
+)
+from libs.checkins.sequence import SequenceGuard
+
+__all__ = [
+    "MAX_BYTES",
+    "MAX_ITEMS",
+    "CheckInSigner",
+    "GatewayKey",
+    "GatewayKeys",
+    "Rejected",
+    "SequenceGuard",
+    "VerifiedBatch",
+    "key_id_of",
+    "signed_bytes",
+    "verify",
+]
