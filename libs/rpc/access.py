@@ -1,0 +1,150 @@
+"""Who may do what: effective right = member's role ∩ key's scopes ∩ resource prefix. Deny by default.
+
+The rules are pure functions here; where keys come from is a :class:`KeyDirectory`. A foreign organization, or a resource
+outside the key's prefix, does not exist for the caller (NOT_FOUND); in the own organization a missing right is named
+(PERMISSION_DENIED).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Final, Protocol
+
+from libs.errors import DomainError, NotFoundError, PermissionDeniedError, UnauthenticatedError
+from libs.names import is_within, organization_of
+from libs.rpc.identity import Principal
+
+PLATFORM: Final = "platform"
+"""Organization of platform keys and gateways."""
+
+_VIEW: Final = ("*.get", "*.list", "*.watch", "*.explain", "*.resolve")
+_OPERATE: Final = (
+    *_VIEW,
+    "artifacts.*",
+    "releases.*",
+    "rollout.*",
+    "webhooks.*",
+    "pki.*",
+    "registry.devices.*",
+    "registry.cohorts.*",
+)
+ROLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "viewer": _VIEW,
+    "operator": _OPERATE,
+    "admin": ("*",),
+    "owner": ("*",),
+    PLATFORM: ("registry.organizations.*", "registry.gateways.*", "audit.*"),
+}
+_RANK: Final = {"viewer": 1, "operator": 2, "admin": 3, "owner": 4, PLATFORM: 5}
+PLATFORM_ONLY: Final = frozenset({"registry.organizations.create"})
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """An API key as every service knows it."""
+
+    name: str
+    secret_sha256: bytes
+    member: str
+    role: str
+    scopes: tuple[str, ...]
+    resource_prefix: str
+    expire_ms: int
+    """0 means never."""
+    revoked: bool
+
+
+class KeyDirectory(Protocol):
+    """Where API keys are looked up."""
+
+    async def lookup(self, organization: str, name: str) -> KeyRecord | None:
+        """The key, or None. Raises UNAVAILABLE when what is known is too old to trust."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """A presented key, taken apart."""
+
+    organization: str
+    name: str
+    secret: str
+
+
+def parse_credential(authorization: str) -> Credential:
+    """Take ``Bearer gsw_<organization>_<id>_<secret>`` apart."""
+    scheme, _, token = authorization.partition(" ")
+    parts = token.split("_", 3)
+    if scheme.lower() != "bearer" or len(parts) != 4 or parts[0] != "gsw" or not all(parts):
+        raise UnauthenticatedError(
+            "CREDENTIALS_MALFORMED", "present an API key as `authorization: Bearer gsw_<organization>_<id>_<secret>`"
+        )
+    return Credential(parts[1], f"organizations/{parts[1]}/apiKeys/{parts[2]}", parts[3])
+
+
+def authenticate(credential: Credential, record: KeyRecord | None, now_ms: int) -> Principal:
+    """Check the secret in constant time, then the key's state."""
+    digest = hashlib.sha256(credential.secret.encode()).digest()
+    known = record.secret_sha256 if record is not None else bytes(32)
+    if not hmac.compare_digest(digest, known) or record is None:
+        raise UnauthenticatedError("API_KEY_UNKNOWN", "this API key is not known")
+    if record.revoked:
+        raise UnauthenticatedError("API_KEY_REVOKED", f"{record.name} was revoked", api_key=record.name)
+    if record.expire_ms and record.expire_ms <= now_ms:
+        raise UnauthenticatedError("API_KEY_EXPIRED", f"{record.name} has expired", api_key=record.name)
+    return Principal(
+        name=record.name,
+        kind="api_key",
+        organization=credential.organization,
+        member=record.member,
+        role=record.role,
+        scopes=record.scopes,
+        resource_prefix=record.resource_prefix,
+    )
+
+
+def matches(permission: str, patterns: tuple[str, ...]) -> bool:
+    """Whether any pattern covers the permission; ``*`` stands for any part."""
+    return any(fnmatchcase(permission, pattern) for pattern in patterns)
+
+
+def role_allows(role: str, permission: str) -> bool:
+    """Whether a role holds a permission at all."""
+    if permission in PLATFORM_ONLY and role != PLATFORM:
+        return False
+    return matches(permission, ROLES.get(role, ()))
+
+
+def may_grant(giver: str, given: str) -> bool:
+    """Nobody gives more than their own role; the platform role is given to nobody."""
+    return given in _RANK and given != PLATFORM and _RANK[given] <= _RANK.get(giver, 0)
+
+
+def authorize(principal: Principal, permission: str, resource: str) -> None:
+    """Raise unless the principal may use the permission on the resource (empty: on none in particular)."""
+    allowed = role_allows(principal.role, permission) and matches(permission, principal.scopes)
+    if resource:
+        _authorize_place(principal, resource, everywhere=principal.role == PLATFORM and allowed)
+    if not allowed:
+        raise PermissionDeniedError(
+            "PERMISSION_MISSING",
+            f"{principal.name} lacks {permission}",
+            permission=permission,
+            api_key=principal.name,
+            role=principal.role,
+        )
+
+
+def _authorize_place(principal: Principal, resource: str, *, everywhere: bool) -> None:
+    if everywhere:
+        return
+    if organization_of(resource) != principal.organization or not is_within(resource, principal.resource_prefix):
+        raise not_found(resource)
+
+
+def not_found(resource: str) -> DomainError:
+    """The one answer for what does not exist and for what must not be seen."""
+    return NotFoundError("RESOURCE_NOT_FOUND", f"{resource} does not exist", resource=resource)

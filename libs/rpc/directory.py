@@ -1,0 +1,98 @@
+"""API keys as services other than the registry know them: folded from its public log, asked for on a miss."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Final
+
+import grpc
+from groundswell.registry.v1 import events_pb2, registry_pb2, registry_pb2_grpc
+
+from libs.errors import UnavailableError
+from libs.eventlog import Foreign, partition_of
+from libs.eventlog.follower import PublicFollower
+from libs.eventlog.ports import EventLog
+from libs.rpc.access import KeyRecord
+from libs.settings import Settings
+
+log = logging.getLogger(__name__)
+
+STALE_S: Final = 5.0
+"""The revocation bound: what is older answers UNAVAILABLE (protocols.md section 8)."""
+
+REGISTRY_RECORDS: Final = (
+    events_pb2.OrganizationChanged,
+    events_pb2.ProductChanged,
+    events_pb2.CohortChanged,
+    events_pb2.DeviceChanged,
+    events_pb2.MemberChanged,
+    events_pb2.ApiKeyChanged,
+    events_pb2.GatewayChanged,
+)
+"""Every public record type of the registry."""
+
+
+def key_record(key: registry_pb2.ApiKey, member: registry_pb2.Member) -> KeyRecord:
+    """The key with its member's role."""
+    return KeyRecord(
+        name=key.name,
+        secret_sha256=key.secret_sha256,
+        member=key.member,
+        role=member.role,
+        scopes=tuple(key.scopes),
+        resource_prefix=key.resource_prefix,
+        expire_ms=key.expire_time.ToMilliseconds() if key.HasField("expire_time") else 0,
+        revoked=key.revoked,
+    )
+
+
+class AccessDirectory:
+    """A :class:`libs.rpc.access.KeyDirectory` over the registry's public log."""
+
+    def __init__(
+        self, log_: EventLog, settings: Settings, registry: registry_pb2_grpc.RegistryInternalServiceStub
+    ) -> None:
+        self._partitions = settings.partitions
+        self._registry = registry
+        self._keys: dict[str, registry_pb2.ApiKey] = {}
+        self._members: dict[str, registry_pb2.Member] = {}
+        self.follower = PublicFollower(
+            log_, "registry", settings.partitions, self._apply, env=settings.env, types=REGISTRY_RECORDS
+        )
+
+    async def start(self) -> None:
+        """Begin to follow."""
+        await self.follower.start()
+
+    async def stop(self) -> None:
+        """Stop following."""
+        await self.follower.stop()
+
+    def _apply(self, record: Foreign) -> None:
+        if isinstance(record.payload, events_pb2.ApiKeyChanged):
+            self._keys[record.resource] = record.payload.api_key
+        elif isinstance(record.payload, events_pb2.MemberChanged):
+            self._members[record.resource] = record.payload.member
+
+    async def lookup(self, organization: str, name: str) -> KeyRecord | None:
+        """The key as folded, or as the registry says when it is not here yet."""
+        lag = self.follower.lag_s(partition_of(organization, self._partitions))
+        key = self._keys.get(name)
+        if key is None:
+            return await self._ask(name)
+        if lag > STALE_S:
+            shown = "unknown" if math.isinf(lag) else f"{lag:.1f} s"
+            raise UnavailableError(
+                "ACCESS_VIEW_STALE", f"the view of API keys is behind ({shown}): try again", retry_after_s=0.5
+            )
+        return key_record(key, self._members.get(key.member, registry_pb2.Member()))
+
+    async def _ask(self, name: str) -> KeyRecord | None:
+        try:
+            answer = await self._registry.LookupApiKey(registry_pb2.LookupApiKeyRequest(name=name), timeout=3)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                return None
+            raise UnavailableError("REGISTRY_UNAVAILABLE", "the registry cannot be asked about an API key") from error
+        return key_record(answer.api_key, answer.member)

@@ -1,0 +1,267 @@
+"""The one server interceptor: every call passes the same gates in the same order.
+
+1. Identity: SPIFFE id on the internal port, API key on the public one. 2. Deadline: none → 10 s imposed. 3. Validation by
+the protovalidate rules of the request. 4. Authorization by the method's ``access`` option; a method without one refuses
+all. 5. Read-after: the view waits for what the caller has seen. 6. The handler. 7. Errors become ``google.rpc`` statuses.
+
+Health needs no authorization; reflection needs identity but no permission.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol
+
+import grpc
+import protovalidate
+from google.protobuf import descriptor_pool
+from google.protobuf.message import Message
+from groundswell.options.v1 import access_pb2
+
+from libs.errors import GroundswellError, NotFoundError, PermissionDeniedError, UnauthenticatedError, UnavailableError
+from libs.eventlog import Deadline, Token
+from libs.rpc.access import KeyDirectory, authenticate, authorize, parse_credential
+from libs.rpc.errors import InvalidFieldsError, error_of, to_status
+from libs.rpc.identity import (
+    LOG_POSITION,
+    READ_AFTER,
+    Principal,
+    begin_positions,
+    set_caller,
+    set_read_after_tokens,
+)
+
+log = logging.getLogger(__name__)
+
+DEFAULT_DEADLINE_S: Final = 10.0
+MAX_TOKENS: Final = 64
+_OPEN_PREFIX: Final = "/grpc.health.v1.Health/"
+_REFLECTION_PREFIX: Final = "/grpc.reflection."
+_DENIED_LOG_INTERVAL_S: Final = 5.0
+
+
+class Reads(Protocol):
+    """What the interceptor needs of a runtime; gateways of reads may have none."""
+
+    async def wait_for(self, tokens: Sequence[Token], deadline: Deadline) -> None:
+        """Return when the view has reached the tokens."""
+
+
+class DeniedCalls:
+    """Denied calls are counted, with a sample in the log now and then: a flood of them writes nothing more."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self._clock = clock
+        self._last: dict[tuple[str, str], float] = {}
+
+    def record(self, method: str, reason: str, principal: str) -> None:
+        """Count one denied call."""
+        key = (method, reason)
+        self.counts[key] += 1
+        now = self._clock()
+        if now - self._last.get(key, -_DENIED_LOG_INTERVAL_S) >= _DENIED_LOG_INTERVAL_S:
+            self._last[key] = now
+            log.warning(
+                "denied: method=%s reason=%s count=%d principal=%s", method, reason, self.counts[key], principal
+            )
+
+
+def access_of(method: str) -> access_pb2.Access | None:
+    """Access rule of ``/package.Service/Method``, or None when it has none."""
+    try:
+        found = descriptor_pool.Default().FindMethodByName(method.lstrip("/").replace("/", "."))
+    except KeyError:
+        return None
+    options = found.GetOptions()
+    return options.Extensions[access_pb2.access] if options.HasExtension(access_pb2.access) else None
+
+
+def resource_of(request: Message, path: str) -> str:
+    """Value at a dotted path of the request."""
+    value: Any = request
+    for part in path.split("."):
+        value = getattr(value, part)
+    return str(value)
+
+
+class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
+    """See the module. ``directory`` makes it the gate of a public port, ``trust_domain`` that of an internal one."""
+
+    def __init__(
+        self,
+        reads: Reads | None,
+        *,
+        directory: KeyDirectory | None = None,
+        trust_domain: str = "",
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._reads = reads
+        self._directory = directory
+        self._trust_domain = trust_domain
+        self._now_ms = now_ms
+        self._validator = protovalidate.Validator()
+        self.denied = DeniedCalls()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Wrap the method's handler."""
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or method.startswith(_OPEN_PREFIX):
+            return handler
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(method, handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.stream_stream is not None and method.startswith(_REFLECTION_PREFIX):
+            return grpc.stream_stream_rpc_method_handler(
+                self._reflection(method, handler.stream_stream),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return handler
+
+    def _unary(
+        self, method: str, handler: Callable[[Any, Any], Awaitable[Any]]
+    ) -> Callable[[Any, Any], Awaitable[Any]]:
+        async def call(request: Message, context: Any) -> Any:
+            try:
+                remaining = context.time_remaining() or DEFAULT_DEADLINE_S
+                async with asyncio.timeout(remaining):
+                    positions = await self._admit(method, request, context, remaining)
+                    response = await handler(request, context)
+            except TimeoutError:
+                await _abort(context, UnavailableError("DEADLINE_EXCEEDED", f"{method} did not finish in its deadline"))
+            except Exception as error:
+                await _abort(context, self._known(method, error))
+            if positions:
+                context.set_trailing_metadata(tuple((LOG_POSITION, position) for position in positions))
+            return response
+
+        return call
+
+    def _stream(
+        self, method: str, handler: Callable[[Any, Any], AsyncIterator[Any]]
+    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        async def call(request: Message, context: Any) -> AsyncIterator[Any]:
+            try:
+                await self._admit(method, request, context, DEFAULT_DEADLINE_S)
+                async for response in handler(request, context):
+                    yield response
+            except Exception as error:
+                await _abort(context, self._known(method, error))
+
+        return call
+
+    def _reflection(
+        self, method: str, handler: Callable[[Any, Any], AsyncIterator[Any]]
+    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        async def call(requests: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                await self._identify(context)
+            except GroundswellError as error:
+                await _abort(context, self._known(method, error))
+            async for response in handler(requests, context):
+                yield response
+
+        return call
+
+    async def _admit(self, method: str, request: Message, context: Any, remaining: float) -> list[str]:
+        principal = await self._identify(context)
+        set_caller(principal)
+        positions = begin_positions()
+        self._validate(request)
+        self._authorize(method, principal, request)
+        tokens = tuple(str(value) for key, value in context.invocation_metadata() if key == READ_AFTER)[:MAX_TOKENS]
+        set_read_after_tokens(tokens)
+        if tokens and self._reads is not None:
+            await self._reads.wait_for([_token(text) for text in tokens], Deadline.after(remaining))
+        return positions
+
+    async def _identify(self, context: Any) -> Principal:
+        if self._directory is None:
+            return self._service(context)
+        metadata = {key: value for key, value in context.invocation_metadata() if key == "authorization"}
+        if "authorization" not in metadata:
+            raise UnauthenticatedError(
+                "CREDENTIALS_MISSING", "present an API key as `authorization: Bearer gsw_<organization>_<id>_<secret>`"
+            )
+        credential = parse_credential(str(metadata["authorization"]))
+        record = await self._directory.lookup(credential.organization, credential.name)
+        return authenticate(credential, record, self._now_ms())
+
+    def _service(self, context: Any) -> Principal:
+        prefix = f"spiffe://{self._trust_domain}/service/"
+        names = context.auth_context().get("x509_subject_alternative_name", [])
+        ids = [name.decode() for name in names if name.startswith(b"spiffe://")]
+        if len(ids) != 1 or not ids[0].startswith(prefix):
+            raise UnauthenticatedError("SERVICE_UNKNOWN", "the internal port takes services of this deployment only")
+        return Principal(name=ids[0], kind="service", service=ids[0].removeprefix(prefix))
+
+    def _validate(self, request: Message) -> None:
+        violations = self._validator.collect_violations(request)
+        if violations:
+            raise InvalidFieldsError([_violation(violation) for violation in violations])
+
+    def _authorize(self, method: str, principal: Principal, request: Message) -> None:
+        rule = access_of(method)
+        if principal.kind == "service":
+            if rule is None or principal.service not in rule.callers:
+                raise PermissionDeniedError(
+                    "CALLER_NOT_ALLOWED",
+                    f"{principal.name} may not call {method}",
+                    caller=principal.name,
+                    method=method,
+                )
+            return
+        if rule is None or not rule.permission:
+            raise PermissionDeniedError("PERMISSION_MISSING", f"{method} is not public", method=method)
+        authorize(principal, rule.permission, resource_of(request, rule.resource) if rule.resource else "")
+
+    def _known(self, method: str, error: Exception) -> GroundswellError:
+        """The error to answer; unexpected ones are logged under an id that the answer names."""
+        if isinstance(error, GroundswellError):
+            if isinstance(error, PermissionDeniedError | UnauthenticatedError | NotFoundError):
+                self.denied.record(method, error.reason, error.metadata.get("api_key", "-"))
+            return error
+        if isinstance(error, grpc.aio.AioRpcError):
+            return error_of(error)
+        if isinstance(error, NotImplementedError):
+            unfinished = GroundswellError("UNIMPLEMENTED", f"{method} is not there yet", method=method)
+            unfinished.status = "UNIMPLEMENTED"
+            return unfinished
+        incident = uuid.uuid4().hex[:12]
+        log.error("unexpected error %s in %s", incident, method, exc_info=error)
+        return GroundswellError("INTERNAL", f"unexpected error, logged as {incident}", incident=incident)
+
+
+def _violation(violation: Any) -> tuple[str, str]:
+    proto = violation.proto
+    path = ".".join(element.field_name for element in proto.field.elements) if proto.field else ""
+    return path, proto.message or proto.rule_id
+
+
+def _token(text: str) -> Token:
+    parts = text.split("/")
+    try:
+        service, partition, log_id, position, public_seq = parts
+        return Token(service, int(partition), log_id, int(position), int(public_seq))
+    except ValueError:
+        raise InvalidFieldsError([(READ_AFTER, "is not a token that this installation gave out")]) from None
+
+
+async def _abort(context: Any, error: GroundswellError) -> None:
+    await context.abort_with_status(to_status(error))

@@ -1,0 +1,224 @@
+"""A service's two gRPC ports, its health, and its life from start to SIGTERM.
+
+The internal port asks for a client certificate of our CA; the public one takes API keys. Internal services are not even
+registered on the public port. A service whose runtime is no longer live ends, so that its supervisor starts it anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol
+
+import grpc
+import uvloop
+from groundswell.audit.v1 import audit_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from libs.eventlog import Runtime
+from libs.eventlog.ports import EventLog
+from libs.rpc.access import KeyDirectory
+from libs.rpc.audit import AuditServicer
+from libs.rpc.interceptor import Gate
+from libs.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MAX_REQUEST: Final = 4 * 1024 * 1024
+GRACE_S: Final = 3.0
+HEALTH_INTERVAL_S: Final = 0.25
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_REQUEST),
+    ("grpc.max_send_message_length", 16 * 1024 * 1024),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+Registration = tuple[Callable[[Any, Any], None], Any]
+"""(generated ``add_…Servicer_to_server``, servicer)."""
+
+
+class Part(Protocol):
+    """Something with a life of its own beside the servers, e.g. a follower."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+class App(Protocol):
+    """What ``serve`` runs."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    def live(self) -> bool:
+        """False when the process should end and be started anew."""
+
+
+class RpcServer:
+    """Both ports of a service. Parts are started before them, in order, and stopped after them, in reverse."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        service: str,
+        runtime: Runtime[Any],
+        log_: EventLog,
+        *,
+        public: Sequence[Registration],
+        internal: Sequence[Registration],
+        directory: KeyDirectory,
+        parts: Sequence[Part] = (),
+    ) -> None:
+        self._settings = settings
+        self._service = service
+        self._runtime = runtime
+        self._log = log_
+        self._public = [
+            *public,
+            (audit_pb2_grpc.add_AuditServiceServicer_to_server, AuditServicer(log_, settings, service)),
+        ]
+        self._internal = list(internal)
+        self._directory = directory
+        self._parts = list(parts)
+        self._servers: list[grpc.aio.Server] = []
+        self._health = health_aio.HealthServicer()
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start parts and runtime, then listen."""
+        for part in (*self._parts, self._runtime):
+            await part.start()
+        certificate, key = self._settings.certificate(self._service)
+        pair = [(key, certificate)]
+        internal = grpc.ssl_server_credentials(pair, self._settings.ca, require_client_auth=True)
+        public = grpc.ssl_server_credentials(pair)
+        gates = (
+            Gate(self._runtime, trust_domain=self._settings.deployment),
+            Gate(self._runtime, directory=self._directory),
+        )
+        plan = (("internal", internal, self._internal, gates[0]), ("public", public, self._public, gates[1]))
+        for port, credentials, registrations, gate in plan:
+            await self._listen(
+                self._settings.address(self._service, "internal" if port == "internal" else "public"),
+                credentials,
+                registrations,
+                gate,
+            )
+        self._watch = asyncio.create_task(self._report_health(), name="health")
+        log.info(
+            "listening: internal=%s public=%s",
+            *(self._settings.address(self._service, p) for p in ("internal", "public")),
+        )
+
+    async def _listen(
+        self, address: str, credentials: grpc.ServerCredentials, registrations: Sequence[Registration], gate: Gate
+    ) -> None:
+        server = grpc.aio.server(interceptors=[gate], options=list(_OPTIONS))
+        names = [reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
+        for add, servicer in registrations:
+            names.append(_service_name(add, servicer))
+            add(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection(names, server)
+        server.add_secure_port(address, credentials)
+        await server.start()
+        self._servers.append(server)
+
+    async def _report_health(self) -> None:
+        """SERVING once reads are served and everything assigned here is led."""
+        shown: int | None = None
+        while True:
+            health = self._runtime.health()
+            good = health.live and health.ready and health.leading
+            status = health_pb2.HealthCheckResponse.SERVING if good else health_pb2.HealthCheckResponse.NOT_SERVING
+            if status != shown:
+                log.info("health: %s", "serving" if good else f"not serving {'; '.join(health.problems)}")
+                await self._health.set("", status)
+                shown = status
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    def live(self) -> bool:
+        """Whether the runtime's own tasks are alive."""
+        return self._runtime.health().live
+
+    async def stop(self) -> None:
+        """Stop intake, finish what runs, hand over."""
+        if self._watch is not None:
+            self._watch.cancel()
+        await self._health.enter_graceful_shutdown()
+        await asyncio.gather(*(server.stop(GRACE_S) for server in self._servers))
+        await self._runtime.stop()
+        for part in reversed(self._parts):
+            await part.stop()
+        await self._log.close()
+
+
+class _Recorder:
+    """Stands in for a server to learn a servicer's full service name."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        self.names.extend(handler.service_name() for handler in handlers)
+
+    def add_registered_method_handlers(self, name: str, handlers: Any) -> None:  # noqa: ARG002 - grpc's signature
+        self.names.append(name)
+
+
+def _service_name(add: Callable[[Any, Any], None], servicer: Any) -> str:
+    recorder = _Recorder()
+    add(servicer, recorder)
+    return recorder.names[0]
+
+
+def configure_logging() -> None:
+    """One line an event, to stderr."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    for noisy in ("aiokafka", "grpc", "faust", "kafka"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def serve(name: str, build: Callable[[Settings], Awaitable[App]]) -> None:
+    """Run a service until SIGTERM or SIGINT. Exit status 1 when it has to be started anew."""
+    configure_logging()
+    sys.exit(uvloop.run(_serve(name, build)))
+
+
+async def _serve(name: str, build: Callable[[Settings], Awaitable[App]]) -> int:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    app = await build(Settings())
+    try:
+        await app.start()
+    except Exception:
+        log.exception("%s cannot start", name)
+        return 1
+    status = 0
+    while not stopping.is_set():
+        try:
+            await asyncio.wait_for(stopping.wait(), 1.0)
+        except TimeoutError:
+            if not app.live():
+                log.error("%s is no longer live: ending, to be started anew", name)
+                status = 1
+                break
+    log.info("%s stops", name)
+    await app.stop()
+    return status
