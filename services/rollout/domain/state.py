@@ -247,8 +247,6 @@ class BundleFacts:
     blob_keys: tuple[str, ...]
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class State:
     """Everything one partition knows."""

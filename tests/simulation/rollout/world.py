@@ -91,6 +91,7 @@ class Leader:
         self.timers: dict[str, object] = {}
         self.public: list[tuple[str, Message]] = []
         self.confirmed_floor: dict[str, int] = {}
+        self.sizes: list[int] = []
 
     def do(self, command: object, organization: str = "acme") -> Message | None:
         """Decide, append, fold, run what timers are due."""
@@ -104,6 +105,7 @@ class Leader:
         decision: Decision = self.domain.decide(
             self.state, command, Clock(self.now_ms, organization, self, len(self.log))
         )
+        self.sizes.append(len(decision.events))
         for new in decision.events:
             version = self.versions.get(new.resource, 0) + 1
             self.versions[new.resource] = version
@@ -145,8 +147,8 @@ class Leader:
         if attempt.rollout:
             plan = before.rollouts[attempt.rollout]
             stage = plan.control.stages[attempt.stage]
-            assert plan.counts[attempt.stage].in_flight < stage.max_in_flight, "I1"
-            assert it.in_flight_after <= stage.max_in_flight, "I1"
+            assert plan.counts[attempt.stage].in_flight < (stage.max_in_flight or 100), "I1"
+            assert it.in_flight_after <= (stage.max_in_flight or 100), "I1"
             if attempt.kind == FORWARD:
                 assert attempt.stage <= plan.control.current_stage, "I2"
                 assert plan.control.state == Rollout.STATE_RUNNING, "I3"
