@@ -13,7 +13,6 @@ from collections.abc import Callable
 BEFORE_SEND = "before-send"
 AFTER_SEND = "after-send"
 DURING_COMMIT = "during-commit"
-AFTER_COMMIT = "after-commit-before-readback"
 AFTER_COMMIT_BEFORE_ANSWER = "after-commit-before-answer"
 AFTER_READBACK = "after-readback-before-answer"
 

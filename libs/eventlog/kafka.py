@@ -74,6 +74,7 @@ class KafkaLog:
     def __init__(
         self, bootstrap: str, *, security: KafkaSecurity | None = None, times: KafkaTimes | None = None
     ) -> None:
+        self.bootstrap = bootstrap
         self.times = times or KafkaTimes()
         self._common = {"bootstrap_servers": bootstrap, **(security or KafkaSecurity()).options()}
         self._ends: AIOKafkaConsumer | None = None

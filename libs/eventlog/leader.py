@@ -236,7 +236,6 @@ class Leadership(Generic[S]):
             await appender.stage(working.records)
             failpoints.hit(failpoints.AFTER_SEND)
             await self._commit(appender)
-            failpoints.hit(failpoints.AFTER_COMMIT)
             failpoints.hit(failpoints.AFTER_COMMIT_BEFORE_ANSWER)
             return await self.wait_read_back(read_back, working)
         finally:

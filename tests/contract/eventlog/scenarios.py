@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
+
 from libs.errors import UnavailableError
 from libs.eventlog.codec import read_envelope
 from tests.contract.eventlog.support import (
     HOME,
     Gate,
-    Put,
     Replica,
     Taker,
     World,

@@ -10,8 +10,8 @@ from typing import Any
 import immutables
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import BytesValue, Int64Value, StringValue
-
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
+
 from libs.errors import FailedPreconditionError, UnavailableError
 from libs.eventlog import (
     Command,
