@@ -18,7 +18,8 @@ from typing import Any
 from clients.device.errors import ArchiveError, ConfigError, RefusedError
 from clients.device.model import Binary, Offer
 from clients.device.slots import safe_name
-from clients.device.statement import Entry, Statement, parse_statement, signers
+from libs.trust.signatures import signers
+from libs.trust.statement import Statement, StatementBinary, parse
 
 PORTABLE = "portable"
 ROLES = ("program", "config")
@@ -111,14 +112,14 @@ def _trusted_statement(rules: Rules, offer: Offer) -> Statement:
             "SIGNATURES_BELOW_THRESHOLD", f"{len(found)} trusted keys have signed where {rules.threshold} must"
         )
     try:
-        return parse_statement(offer.statement)
+        return parse(offer.statement)
     except ValueError as error:
         raise RefusedError("STATEMENT_MALFORMED", str(error)[:200]) from error
 
 
-def _entry(binary: Binary) -> Entry:
+def _entry(binary: Binary) -> StatementBinary:
     if not _DIGEST.fullmatch(binary.digest):
         raise RefusedError("STATEMENT_MISMATCH", "a digest is not lowercase hex SHA-256")
     if hashlib.sha256(binary.metadata.encode()).hexdigest() != binary.metadata_digest:
         raise RefusedError("STATEMENT_MISMATCH", "metadata does not have its digest")
-    return Entry(binary.digest, binary.metadata_digest, binary.size, binary.target)
+    return StatementBinary(binary.digest, binary.metadata_digest, binary.size, binary.target)

@@ -1,6 +1,6 @@
 """gRPC for our services: servers, the interceptor that guards every call, channels, and helpers for servicers."""
 
-from libs.rpc.access import KeyDirectory, KeyRecord, may_grant, not_found
+from libs.rpc.access import KeyDirectory, KeyRecord, covers, may_grant, not_found
 from libs.rpc.client import channel, retry_unavailable
 from libs.rpc.commands import page, snapshot_state, submit
 from libs.rpc.directory import AccessDirectory
@@ -17,6 +17,7 @@ __all__ = [
     "caller",
     "channel",
     "configure_logging",
+    "covers",
     "error_of",
     "may_grant",
     "not_found",

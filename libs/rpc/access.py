@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -37,10 +38,13 @@ ROLES: Final[Mapping[str, tuple[str, ...]]] = {
     "operator": _OPERATE,
     "admin": ("*",),
     "owner": ("*",),
-    PLATFORM: ("registry.organizations.*", "registry.gateways.*", "audit.*"),
+    PLATFORM: ("registry.organizations.*", "registry.gateways.*"),
 }
 _RANK: Final = {"viewer": 1, "operator": 2, "admin": 3, "owner": 4, PLATFORM: 5}
 PLATFORM_ONLY: Final = frozenset({"registry.organizations.create"})
+_PLATFORM_EVERYWHERE: Final = ("registry.organizations.*",)
+"""What the platform may do outside its own organization; the tenants' resources are not among it."""
+_SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,8 @@ def parse_credential(authorization: str) -> Credential:
     """Take ``Bearer gsw_<organization>_<id>_<secret>`` apart."""
     scheme, _, token = authorization.partition(" ")
     parts = token.split("_", 3)
-    if scheme.lower() != "bearer" or len(parts) != 4 or parts[0] != "gsw" or not all(parts):
+    well_formed = len(parts) == 4 and parts[0] == "gsw" and parts[3] and all(map(_SEGMENT.fullmatch, parts[1:3]))
+    if scheme.lower() != "bearer" or not well_formed:
         raise UnauthenticatedError(
             "CREDENTIALS_MALFORMED", "present an API key as `authorization: Bearer gsw_<organization>_<id>_<secret>`"
         )
@@ -123,11 +128,21 @@ def may_grant(giver: str, given: str) -> bool:
     return given in _RANK and given != PLATFORM and _RANK[given] <= _RANK.get(giver, 0)
 
 
+def covers(patterns: tuple[str, ...], wanted: str) -> bool:
+    """Whether scopes hold all that another scope pattern holds.
+
+    Matching the pattern as if it were a permission is exact: its ``*`` can only be matched by a ``*``, which then
+    matches whatever the inner one stands for.
+    """
+    return matches(wanted, patterns)
+
+
 def authorize(principal: Principal, permission: str, resource: str) -> None:
     """Raise unless the principal may use the permission on the resource (empty: on none in particular)."""
     allowed = role_allows(principal.role, permission) and matches(permission, principal.scopes)
     if resource:
-        _authorize_place(principal, resource, everywhere=principal.role == PLATFORM and allowed)
+        everywhere = principal.role == PLATFORM and allowed and matches(permission, _PLATFORM_EVERYWHERE)
+        _authorize_place(principal, resource, everywhere=everywhere and not principal.resource_prefix)
     if not allowed:
         raise PermissionDeniedError(
             "PERMISSION_MISSING",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -12,13 +12,15 @@ from groundswell.eventlog.v1 import eventlog_pb2
 
 from libs.errors import InvalidArgumentError
 from libs.eventlog import partition_of
-from libs.eventlog.codec import header
+from libs.eventlog.codec import ENVELOPE, EVENT_TYPE, header, record_hash
 from libs.eventlog.config import events_topic
 from libs.eventlog.ports import EventLog, Record, TopicPartition
 from libs.names import organization_of
 from libs.settings import Settings
 
 PAGE: Final = 1000
+SCAN: Final = 20_000
+"""Records of all organizations of the partition that one call reads at most; the page token goes on from there."""
 
 
 class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
@@ -36,16 +38,17 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
         at = TopicPartition(self._topic, partition_of(organization, self._settings.partitions))
         records: list[audit_pb2.AuditRecord] = []
         token = ""
-        async for record in _read(self._log, at, start):
-            envelope_bytes = header(record, "envelope")
-            envelope = eventlog_pb2.Envelope.FromString(envelope_bytes)
-            if envelope.organization != organization:
-                continue
-            if len(records) == size:
-                token = str(record.position)
-                break
-            if envelope.resource:
-                records.append(_audit_record(record, envelope, envelope_bytes))
+        scanned = 0
+        async with aclosing(_read(self._log, at, start)) as reading:
+            async for record in reading:
+                if len(records) == size or scanned == SCAN:
+                    token = str(record.position)
+                    break
+                scanned += 1
+                envelope_bytes = header(record, ENVELOPE)
+                envelope = eventlog_pb2.Envelope.FromString(envelope_bytes)
+                if envelope.organization == organization and envelope.resource:
+                    records.append(_audit_record(record, envelope, envelope_bytes))
         return audit_pb2.ListAuditRecordsResponse(audit_records=records, next_page_token=token)
 
 
@@ -59,7 +62,7 @@ def _position(token: str) -> int:
     return int(token)
 
 
-async def _read(log: EventLog, at: TopicPartition, start: int) -> AsyncIterator[Record]:
+async def _read(log: EventLog, at: TopicPartition, start: int) -> AsyncGenerator[Record, None]:
     end = (await log.end_positions([at]))[at]
     if start >= end:
         return
@@ -78,10 +81,10 @@ def _audit_record(record: Record, envelope: eventlog_pb2.Envelope, raw: bytes) -
     time.FromMilliseconds(envelope.occurred_at_ms)
     return audit_pb2.AuditRecord(
         event_id=envelope.event_id,
-        event_type=header(record, "event-type").decode(),
+        event_type=header(record, EVENT_TYPE).decode(),
         resource=envelope.resource,
         principal=envelope.principal,
         occur_time=time,
-        hash=hashlib.sha256(raw + record.value).hexdigest(),
+        hash=record_hash(raw, record.value).hex(),
         previous_hash=envelope.prev_hash.hex(),
     )

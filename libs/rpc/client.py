@@ -8,6 +8,8 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
+from libs.errors import UnavailableError
+from libs.rpc.errors import error_of
 from libs.rpc.identity import READ_AFTER, read_after_tokens
 from libs.settings import Settings
 
@@ -28,21 +30,29 @@ OPTIONS: Final = (
 T = TypeVar("T")
 
 
-class _Outgoing(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc,unused-ignore]
-    """Adds what every call of ours carries."""
+def _details(given: Any, default_deadline_s: float | None) -> grpc.aio.ClientCallDetails:
+    """What every call of ours carries."""
+    metadata = grpc.aio.Metadata(*(given.metadata or ()))
+    for token in read_after_tokens():
+        metadata.add(READ_AFTER, token)
+    timeout = given.timeout if given.timeout is not None else default_deadline_s
+    return grpc.aio.ClientCallDetails(given.method, timeout, metadata, given.credentials, given.wait_for_ready)
 
+
+class _Outgoing(grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc,unused-ignore]
     async def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        metadata = grpc.aio.Metadata(*(client_call_details.metadata or ()))
-        for token in read_after_tokens():
-            metadata.add(READ_AFTER, token)
-        details = grpc.aio.ClientCallDetails(
-            client_call_details.method,
-            client_call_details.timeout or DEFAULT_DEADLINE_S,
-            metadata,
-            client_call_details.credentials,
-            client_call_details.wait_for_ready,
-        )
-        return await continuation(details, request)
+        return await continuation(_details(client_call_details, DEFAULT_DEADLINE_S), request)
+
+
+class _OutgoingStream(grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc,unused-ignore]
+    """Streams last as long as their caller wants, so they get no deadline of ours."""
+
+    async def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return await continuation(_details(client_call_details, None), request)
+
+
+def _interceptors() -> list[Any]:
+    return [_Outgoing(), _OutgoingStream()]
 
 
 def channel(settings: Settings, service: str, *, identity: str) -> grpc.aio.Channel:
@@ -50,12 +60,15 @@ def channel(settings: Settings, service: str, *, identity: str) -> grpc.aio.Chan
     certificate, key = settings.certificate(identity)
     credentials = grpc.ssl_channel_credentials(settings.ca, key, certificate)
     return grpc.aio.secure_channel(
-        settings.address(service, "internal"), credentials, options=list(OPTIONS), interceptors=[_Outgoing()]
+        settings.address(service, "internal"), credentials, options=list(OPTIONS), interceptors=_interceptors()
     )
 
 
 async def retry_unavailable(call: Callable[[], Awaitable[T]], attempts: int = 4, first_delay_s: float = 0.1) -> T:
-    """Repeat an idempotent call while it answers UNAVAILABLE, with growing delay; the last error is raised."""
+    """Repeat an idempotent call while it answers UNAVAILABLE; the last error is raised.
+
+    Waits as long as the answer's RetryInfo asks, and at least a delay that doubles.
+    """
     delay = first_delay_s
     for attempt in range(attempts):
         try:
@@ -63,6 +76,7 @@ async def retry_unavailable(call: Callable[[], Awaitable[T]], attempts: int = 4,
         except grpc.aio.AioRpcError as error:
             if error.code() is not grpc.StatusCode.UNAVAILABLE or attempt == attempts - 1:
                 raise
-            await asyncio.sleep(delay)
+            asked = error_of(error)
+            await asyncio.sleep(max(delay, asked.retry_after_s if isinstance(asked, UnavailableError) else 0.0))
             delay *= 2
     raise RuntimeError("at least one attempt is needed")

@@ -11,7 +11,7 @@ from groundswell.registry.v1 import events_pb2, registry_pb2, registry_pb2_grpc
 
 from libs.errors import UnavailableError
 from libs.eventlog import Foreign, partition_of
-from libs.eventlog.follower import PublicFollower
+from libs.eventlog.follower import ParkedRecord, PublicFollower
 from libs.eventlog.ports import EventLog
 from libs.rpc.access import KeyRecord
 from libs.settings import Settings
@@ -58,8 +58,19 @@ class AccessDirectory:
         self._keys: dict[str, registry_pb2.ApiKey] = {}
         self._members: dict[str, registry_pb2.Member] = {}
         self.follower = PublicFollower(
-            log_, "registry", settings.partitions, self._apply, env=settings.env, types=REGISTRY_RECORDS
+            log_,
+            "registry",
+            settings.partitions,
+            self._apply,
+            env=settings.env,
+            types=REGISTRY_RECORDS,
+            on_parked=self._forget,
         )
+
+    @property
+    def live(self) -> bool:
+        """False when following has ended for good, so that the process has to be started anew."""
+        return self.follower.live
 
     async def start(self) -> None:
         """Begin to follow."""
@@ -75,18 +86,28 @@ class AccessDirectory:
         elif isinstance(record.payload, events_pb2.MemberChanged):
             self._members[record.resource] = record.payload.member
 
+    def _forget(self, record: ParkedRecord) -> None:
+        """What is not understood must not be trusted as it was before: the registry is asked."""
+        if record.resource:
+            self._keys.pop(record.resource, None)
+            self._members.pop(record.resource, None)
+        else:
+            self._keys.clear()
+            self._members.clear()
+
     async def lookup(self, organization: str, name: str) -> KeyRecord | None:
         """The key as folded, or as the registry says when it is not here yet."""
         lag = self.follower.lag_s(partition_of(organization, self._partitions))
         key = self._keys.get(name)
-        if key is None:
+        member = self._members.get(key.member) if key is not None else None
+        if key is None or member is None:
             return await self._ask(name)
         if lag > STALE_S:
             shown = "unknown" if math.isinf(lag) else f"{lag:.1f} s"
             raise UnavailableError(
                 "ACCESS_VIEW_STALE", f"the view of API keys is behind ({shown}): try again", retry_after_s=0.5
             )
-        return key_record(key, self._members.get(key.member, registry_pb2.Member()))
+        return key_record(key, member)
 
     async def _ask(self, name: str) -> KeyRecord | None:
         try:

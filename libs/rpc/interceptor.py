@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_DEADLINE_S: Final = 10.0
 MAX_TOKENS: Final = 64
+STREAM_RECHECK_S: Final = 1.0
+"""A stream's caller is authorized again before a message, when the last time was longer ago than this."""
 _OPEN_PREFIX: Final = "/grpc.health.v1.Health/"
 _REFLECTION_PREFIX: Final = "/grpc.reflection."
 _DENIED_LOG_INTERVAL_S: Final = 5.0
@@ -132,7 +134,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
                 handler.request_deserializer,
                 handler.response_serializer,
             )
-        return handler
+        return _closed(method)
 
     def _unary(
         self, method: str, handler: Callable[[Any, Any], Awaitable[Any]]
@@ -143,6 +145,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
                 async with asyncio.timeout(remaining):
                     positions = await self._admit(method, request, context, remaining)
                     response = await handler(request, context)
+            except grpc.aio.AbortError:
+                raise
             except TimeoutError:
                 await _abort(context, UnavailableError("DEADLINE_EXCEEDED", f"{method} did not finish in its deadline"))
             except Exception as error:
@@ -159,8 +163,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
         async def call(request: Message, context: Any) -> AsyncIterator[Any]:
             try:
                 await self._admit(method, request, context, DEFAULT_DEADLINE_S)
+                checked = time.monotonic()
                 async for response in handler(request, context):
+                    if time.monotonic() - checked >= STREAM_RECHECK_S:
+                        # A key that was revoked since must see nothing more.
+                        self._authorize(method, await self._identify(context), request)
+                        checked = time.monotonic()
                     yield response
+            except grpc.aio.AbortError:
+                raise
             except Exception as error:
                 await _abort(context, self._known(method, error))
 
@@ -229,7 +240,11 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
             return
         if rule is None or not rule.permission:
             raise PermissionDeniedError("PERMISSION_MISSING", f"{method} is not public", method=method)
-        authorize(principal, rule.permission, resource_of(request, rule.resource) if rule.resource else "")
+        resource = resource_of(request, rule.resource) if rule.resource else ""
+        if rule.resource and not resource:
+            # An empty name would be authorized on nothing in particular.
+            raise InvalidFieldsError([(rule.resource, "a resource name is required")])
+        authorize(principal, rule.permission, resource)
 
     def _known(self, method: str, error: Exception) -> GroundswellError:
         """The error to answer; unexpected ones are logged under an id that the answer names."""
@@ -246,6 +261,17 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
         incident = uuid.uuid4().hex[:12]
         log.error("unexpected error %s in %s", incident, method, exc_info=error)
         return GroundswellError("INTERNAL", f"unexpected error, logged as {incident}", incident=incident)
+
+
+def _closed(method: str) -> grpc.RpcMethodHandler[Any, Any]:
+    """No API of ours takes a stream of requests; such a method would pass no gate, so it is not open at all."""
+
+    async def refuse(requests: Any, context: Any) -> None:  # noqa: ARG001 - grpc's signature
+        error = GroundswellError("UNIMPLEMENTED", f"{method} takes a stream of requests", method=method)
+        error.status = "UNIMPLEMENTED"
+        await _abort(context, error)
+
+    return grpc.stream_unary_rpc_method_handler(refuse)
 
 
 def _violation(violation: Any) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import grpc
 import uvloop
@@ -53,6 +53,14 @@ class Part(Protocol):
     async def start(self) -> None: ...
 
     async def stop(self) -> None: ...
+
+
+@runtime_checkable
+class _MayDie(Protocol):
+    """A part that can end by itself."""
+
+    @property
+    def live(self) -> bool: ...
 
 
 class App(Protocol):
@@ -150,8 +158,8 @@ class RpcServer:
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
     def live(self) -> bool:
-        """Whether the runtime's own tasks are alive."""
-        return self._runtime.health().live
+        """Whether the runtime's own tasks, and the parts that can tell, are alive."""
+        return self._runtime.health().live and all(part.live for part in self._parts if isinstance(part, _MayDie))
 
     async def stop(self) -> None:
         """Stop intake, finish what runs, hand over."""
@@ -184,11 +192,18 @@ def _service_name(add: Callable[[Any, Any], None], servicer: Any) -> str:
     return recorder.names[0]
 
 
+class OneLineFormatter(logging.Formatter):
+    """An event is one line whatever it says: line ends inside it, tracebacks too, are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\r", "\\r").replace("\n", "\\n")
+
+
 def configure_logging() -> None:
     """One line an event, to stderr."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("aiokafka", "grpc", "faust", "kafka"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

@@ -1,82 +1,90 @@
-"""The bundle statement: its canonical bytes, parsed, and which pinned keys signed them.
+"""The bundle statement: what the operator's keys vouch for, as canonical bytes.
 
 A parser that accepts two spellings of one statement is how signed metadata gets bypassed. So there is one spelling:
 what was parsed is written out again, and any other bytes are refused: duplicate keys, trailing data, unknown fields,
-spaces, another order.
+spaces, another order. The SHA-256 of the bytes is *the* bundle digest.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from libs.trust.canonical import parse_strict, to_canonical
 
-TAG = b"groundswell.bundle-statement.v1\n"
+TAG: Final = b"groundswell.bundle-statement.v1\n"
+"""Domain tag: a signature over a statement is a signature over nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StatementBinary:
     """One binary as it was signed."""
 
     digest: str
+    """Lowercase hex SHA-256 of the content."""
     metadata_digest: str
+    """Lowercase hex SHA-256 of the canonical metadata."""
     size: int
+    """Bytes."""
     target: str
+    """Hardware target, or ``portable``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What the operator's keys vouch for."""
+    """A whole bundle, binaries in install order."""
 
     product: str
     version: str
     security_version: int
-    binaries: tuple[Entry, ...]
+    binaries: tuple[StatementBinary, ...]
+
+    def to_bytes(self) -> bytes:
+        """The bytes that are signed."""
+        binaries = [
+            {
+                "digest": binary.digest,
+                "metadata_digest": binary.metadata_digest,
+                "size": binary.size,
+                "target": binary.target,
+            }
+            for binary in self.binaries
+        ]
+        body = {
+            "binaries": binaries,
+            "product": self.product,
+            "security_version": self.security_version,
+            "version": self.version,
+        }
+        return TAG + to_canonical(body)
+
+    def digest(self) -> str:
+        """The bundle digest."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
-def parse_statement(data: bytes) -> Statement:
+def parse(data: bytes) -> Statement:
     """The statement that these bytes are the canonical form of, or ValueError."""
     if not data.startswith(TAG):
         raise ValueError("the statement does not begin with its domain tag")
-    try:
-        body = json.loads(data[len(TAG) :])
-        if json.dumps(body, sort_keys=True, separators=(",", ":")).encode() != data[len(TAG) :]:
-            raise ValueError("the statement is not in canonical form")
-    except RecursionError:
-        raise ValueError("the statement is nested too deeply") from None
-    fields = _object(body, {"binaries", "product", "security_version", "version"})
+    fields = _object(parse_strict(data[len(TAG) :]), {"binaries", "product", "security_version", "version"})
     if not isinstance(fields["binaries"], list):
         raise ValueError("binaries is not a list")  # noqa: TRY004 - all that is wrong with bytes is a ValueError
-    return Statement(
+    statement = Statement(
         _text(fields["product"]),
         _text(fields["version"]),
         _whole(fields["security_version"]),
-        tuple(_entry(one) for one in fields["binaries"]),
+        tuple(_binary(one) for one in fields["binaries"]),
     )
+    if statement.to_bytes() != data:
+        raise ValueError("the statement is not in canonical form")
+    return statement
 
 
-def signers(data: bytes, signatures: Iterable[tuple[str, bytes]], trusted: Sequence[bytes]) -> frozenset[str]:
-    """Ids of the distinct trusted keys that signed these bytes: keys are counted, never signatures."""
-    keys = {hashlib.sha256(key).hexdigest(): key for key in trusted}
-    found: set[str] = set()
-    for key_id, signature in signatures:
-        if key_id in keys and key_id not in found:
-            try:
-                Ed25519PublicKey.from_public_bytes(keys[key_id]).verify(signature, data)
-            except (InvalidSignature, ValueError):
-                continue
-            found.add(key_id)
-    return frozenset(found)
-
-
-def _entry(body: object) -> Entry:
+def _binary(body: object) -> StatementBinary:
     fields = _object(body, {"digest", "metadata_digest", "size", "target"})
-    return Entry(
+    return StatementBinary(
         _text(fields["digest"]), _text(fields["metadata_digest"]), _whole(fields["size"]), _text(fields["target"])
     )
 

@@ -1,0 +1,4 @@
+"""What is signed and by whom: canonical JSON, bundle statements, detached signatures.
+
+Standard library and ``cryptography``'s Ed25519 only, because the device agent imports it.
+"""

@@ -1,0 +1,1 @@
+"""Organizations, products, cohorts, devices, members, API keys and gateways."""
