@@ -1,0 +1,7 @@
+"""`python -m services.pki`."""
+
+from libs.rpc import serve
+from services.pki.app import build
+
+if __name__ == "__main__":
+    serve("pki", build)
