@@ -1,8 +1,8 @@
 """Admission: may this device be offered this candidate now? Judged from the leader's own state; no gateway is trusted.
 
 Checks go from what never changes to what changes soonest. A refusal says whether it *ends* the list of candidates
-(security floor, a bundle that cannot be offered: nothing older is tried), whether it is *final* for a live attempt (then
-``go`` answers cancel, otherwise wait), and how long the plan stays closed. Refusals write nothing.
+(security floor, a bundle that cannot be offered: nothing older is tried), whether it is *final* for a live attempt
+(then ``go`` answers cancel, otherwise wait), and how long the plan stays closed. Refusals write nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Final
 
 from groundswell.releases.v1 import releases_pb2
 from groundswell.rollout.v1 import rollout_pb2
+from libs.resolution.buckets import in_share
 
 from libs.eventlog.model import Context
-from libs.resolution.buckets import in_share
 from services.rollout.domain import attempts
 from services.rollout.domain.stages import REACHED
 from services.rollout.domain.state import (

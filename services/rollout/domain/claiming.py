@@ -23,7 +23,6 @@ from services.rollout.domain.admission import (
 )
 from services.rollout.domain.commands import AuthorizeSwitch, ClaimOffers
 from services.rollout.domain.draft import Draft
-from services.rollout.domain.evolve import counts_of
 from services.rollout.domain.observe import fold_item
 from services.rollout.domain.rollback import Hold, hold, judge_way_back
 from services.rollout.domain.state import (
@@ -92,7 +91,7 @@ def _claim(
             result.closed_for_ms = 0
             result.closed_plan = ""
             attempt = _grant(draft, item, candidate, verdict, refused)
-            _offer(draft, attempt, result)
+            _offer(attempt, result)
             return
         if isinstance(verdict, Hold):
             hold(draft, item.device, candidate.rollback_of, verdict)
@@ -133,7 +132,7 @@ def _grant(
         bundle=bundle.name,
         rollout=admitted.rollout,
         stage=admitted.stage,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         rollback_of=candidate.rollback_of,
         state=GRANTED,
         ordinal=len(claim.attempts) + 1 if claim is not None else 1,
@@ -169,7 +168,7 @@ def _came_from(claim: Claim | None, running: Running) -> Running:
     return claim.came_from if claim is not None and claim.attempts else running
 
 
-def _offer(draft: Draft, attempt: Attempt, result: rollout_pb2.ClaimResult) -> None:
+def _offer(attempt: Attempt, result: rollout_pb2.ClaimResult) -> None:
     """The servicer completes the offer with statement, binaries and sealed links."""
     if not result.reasons:
         result.reasons.extend(attempt.receipt.reasons)
@@ -202,7 +201,7 @@ def _answer_live(
             result.live_attempt = attempt.name
         return
     if attempt.state == GRANTED or (attempt.state < BOOTED and item.check_in.attempt != attempt.name):
-        _offer(draft, attempt, result)
+        _offer(attempt, result)
         return
     result.live_attempt = attempt.name
     result.reasons.append(attempts.reason("ATTEMPT_IN_PROGRESS", "the device works on its attempt", attempt.name))
@@ -254,11 +253,13 @@ def authorize_switch(draft: Draft, command: AuthorizeSwitch) -> rollout_pb2.Auth
         return response
     if not refusal.final:
         return _switch(_Answer.ANSWER_WAIT, refusal)
-    # After go nothing is cancelled: a device that asks once more has not switched and is told to forget it, which is a failure.
+    # After go nothing is cancelled: a device that asks once more has not switched; told to forget it, it has failed.
     attempts.move(draft, attempt, FAILED if attempt.go else CANCELLED, refusal.code, refusal.message)
     stages.settle(draft)
     return _switch(_Answer.ANSWER_CANCEL, refusal)
 
 
-def _switch(answer: _Answer.Answer, refusal: Refusal) -> rollout_pb2.AuthorizeSwitchResponse:
+def _switch(
+    answer: rollout_pb2.AuthorizeSwitchResponse.Answer.ValueType, refusal: Refusal
+) -> rollout_pb2.AuthorizeSwitchResponse:
     return _Answer(answer=answer, reasons=[_reason(refusal)])

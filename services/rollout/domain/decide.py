@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from google.protobuf.message import Message
 from groundswell.artifacts.v1 import events_pb2 as artifacts_events
@@ -87,7 +86,7 @@ def _take_in(draft: Draft, fact: Foreign) -> None:
 class RolloutDomain:
     """See libs.eventlog.model.Domain."""
 
-    service: Final = "rollout"
+    service: str = "rollout"
     event_types: Sequence[type[Message]] = EVENT_TYPES
     sources: Mapping[str, Sequence[type[Message]]] = {
         "registry": (

@@ -478,13 +478,12 @@ def _bundle(state: State, payload: artifacts_events.BundleChanged, _event: Event
 
 
 def _graph(state: State, payload: releases_events.GraphChanged, _event: Event) -> State:
-    with state.releases.mutate() as releases:
-        names = tuple(it.name for it in payload.releases)
-        for gone in set(state.graphs.get(payload.cohort, ())) - set(names):
-            del releases[gone]
-        for it in payload.releases:
-            releases[it.name] = it
-        return replace(state, releases=releases.finish(), graphs=state.graphs.set(payload.cohort, names))
+    names = tuple(it.name for it in payload.releases)
+    releases = state.releases
+    for gone in set(state.graphs.get(payload.cohort, ())) - set(names):
+        releases = releases.delete(gone)
+    releases = releases.update({it.name: it for it in payload.releases})
+    return replace(state, releases=releases, graphs=state.graphs.set(payload.cohort, names))
 
 
 def _override(state: State, payload: releases_events.BundleOverrideChanged, _event: Event) -> State:

@@ -1,8 +1,9 @@
-"""Folds what a device said: counters, running state, reports. The same fold serves ClaimOffers, AuthorizeSwitch and the
-check-in stream, and a repeat of any item changes nothing.
+"""Folds what a device said: counters, running state, reports.
 
-* One counter sequence per agent instance. A counter that went back is stale: what it says to run is dropped; its reports
-  may still move an attempt forward, because the stream may deliver an older item after a claim was already answered.
+The same fold serves ClaimOffers, AuthorizeSwitch and the check-in stream, and a repeat of any item changes nothing.
+
+* One counter sequence per agent instance. A counter that went back is stale: what it says to run is dropped; its
+  reports may still move an attempt forward, because the stream may bring an older item after a claim was answered.
 * The same counter with another body is a fork: the device is marked cloned and gets no grant any more.
 * A new instance (factory reset) restarts the sequence; retired instances never return.
 """

@@ -1,7 +1,8 @@
 """Going back: from a retracted release to the release the device came from, under the caps of the stage it leaves.
 
-A device that must go back and cannot — security floor, the target retracted, unsigned, unknown, or none at all — is held:
-one event with the reason, and a place in the rollout's list. It is never silently skipped, and goes as soon as it can.
+A device that must go back and cannot — security floor, the target retracted, unsigned, unknown, or none at all — is
+held: one event with the reason, and a place in the rollout's list. It is never silently skipped, and goes as soon as it
+can.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Hold:
 def judge_way_back(
     state: State, ctx: Context, facts: DeviceFacts, seen: Seen, retracted: str
 ) -> Admitted | Refusal | Hold:
-    """May the device go back now, to what, in whose slot?"""
+    """Say whether the device may go back now, to what, and in whose slot."""
     release = state.releases.get(retracted)
     if release is None or not release.retracted:
         return Refusal("RELEASE_NOT_RETRACTED", "the release was not retracted, as far as is known here", retracted)

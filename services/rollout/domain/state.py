@@ -1,9 +1,9 @@
 """State of one partition of rollout: frozen values on persistent maps.
 
-Names used throughout: a *claim* is a device's slot in a target (a release, an override, or the way back from a retracted
-release); an *attempt* is one try of a claim; a *plan* is what limits grants: a stage of a rollout, a plain release, or an
-override. *Stream time* is the partition's own clock (protocols.md section 5): it is the only clock of leases, soaks and
-silence.
+Names used throughout: a *claim* is a device's slot in a target (a release, an override, or the way back from a
+retracted release); an *attempt* is one try of a claim; a *plan* is what limits grants: a stage of a rollout, a plain
+release, or an override. *Stream time* is the partition's own clock (protocols.md section 5): it is the only clock of
+leases, soaks and silence.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from groundswell.artifacts.v1 import artifacts_pb2
 from groundswell.device.v1 import device_pb2
 from groundswell.releases.v1 import releases_pb2
@@ -53,9 +54,9 @@ class Policy:
 PLAIN_POLICY: Final = Policy()
 
 
-def duration_ms(holder: rollout_pb2.Gate | rollout_pb2.AttemptPolicy, name: str, default: int) -> int:
+def duration_ms(holder: Message, name: str, default: int) -> int:
     """A duration field in milliseconds; the default only when it is not set at all."""
-    if not holder.HasField(name):  # type: ignore[arg-type]
+    if not holder.HasField(name):
         return default
     value: Duration = getattr(holder, name)
     return value.seconds * 1000 + value.nanos // 1_000_000

@@ -1,9 +1,10 @@
 """RecordObservations: the check-in stream, folded once, and the clock that it is.
 
 * Positions up to the watermark change nothing.
-* Stream time is the sum of min(gap, 2 s) between consecutive heartbeats by the broker's LogAppendTime. It stands still
-  while any active gateway is silent for over 2 s; one silent for 10 s is lost by an event, which excuses the devices last
-  seen through it, and then it holds nothing up. So an outage neither trips nor passes anything by the clock.
+* Stream time is the sum of min(gap, 2 s) between consecutive heartbeats by the broker's LogAppendTime. It stands
+  still while any active gateway is silent for over 2 s; one silent for 10 s is lost by an event, which excuses the
+  devices last seen through it, and then it holds nothing up. So an outage neither trips nor passes anything by the
+  clock.
 * Devices are folded before the deadlines that their check-ins move.
 """
 

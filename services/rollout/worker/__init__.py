@@ -1,0 +1,1 @@
+"""The Faust worker: takes the check-in stream to the rollout leader. `python -m services.rollout.worker`."""
