@@ -1,8 +1,8 @@
 """Who may do what: effective right = member's role ∩ key's scopes ∩ resource prefix. Deny by default.
 
-The rules are pure functions here; where keys come from is a :class:`KeyDirectory`. A foreign organization, or a resource
-outside the key's prefix, does not exist for the caller (NOT_FOUND); in the own organization a missing right is named
-(PERMISSION_DENIED).
+The rules are pure functions here; where keys come from is a :class:`KeyDirectory`. A foreign organization, or a
+resource outside the key's prefix, does not exist for the caller (NOT_FOUND); in the own organization a missing right is
+named (PERMISSION_DENIED).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _RANK: Final = {"viewer": 1, "operator": 2, "admin": 3, "owner": 4, PLATFORM: 5}
 PLATFORM_ONLY: Final = frozenset({"registry.organizations.create"})
 _PLATFORM_EVERYWHERE: Final = ("registry.organizations.*",)
 """What the platform may do outside its own organization; the tenants' resources are not among it."""
-_SEGMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,127}")
+_SEGMENT: Final = re.compile(r"[a-z0-9-]{1,63}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""``ListAuditRecords`` for every service: an organization's private records with their hash chain, read from the log."""
+"""``ListAuditRecords`` for every service: an organization's private records with their hash chain, from the log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
         self._settings = settings
         self._topic = events_topic(settings.env, service)
 
-    async def ListAuditRecords(self, request: Any, context: Any) -> audit_pb2.ListAuditRecordsResponse:  # noqa: N802
+    async def ListAuditRecords(self, request: Any, context: Any) -> audit_pb2.ListAuditRecordsResponse:
         organization = organization_of(request.parent)
         size = min(request.page_size or 100, PAGE)
         start = _position(request.page_token)

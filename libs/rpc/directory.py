@@ -51,7 +51,7 @@ class AccessDirectory:
     """A :class:`libs.rpc.access.KeyDirectory` over the registry's public log."""
 
     def __init__(
-        self, log_: EventLog, settings: Settings, registry: registry_pb2_grpc.RegistryInternalServiceStub
+        self, log_: EventLog, settings: Settings, registry: registry_pb2_grpc.RegistryInternalServiceAsyncStub
     ) -> None:
         self._partitions = settings.partitions
         self._registry = registry

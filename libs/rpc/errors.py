@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -67,7 +67,7 @@ def to_status(error: GroundswellError) -> grpc.Status:
 def error_of(error: grpc.aio.AioRpcError) -> GroundswellError:
     """The error another service answered, with its reason, so that it passes through unchanged."""
     reason, metadata, retry_after = "", {}, 0.2
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(cast("grpc.Call", error))
     for detail in status.details if status else ():
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo()

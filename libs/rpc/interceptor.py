@@ -1,8 +1,9 @@
 """The one server interceptor: every call passes the same gates in the same order.
 
-1. Identity: SPIFFE id on the internal port, API key on the public one. 2. Deadline: none → 10 s imposed. 3. Validation by
-the protovalidate rules of the request. 4. Authorization by the method's ``access`` option; a method without one refuses
-all. 5. Read-after: the view waits for what the caller has seen. 6. The handler. 7. Errors become ``google.rpc`` statuses.
+1. Identity: SPIFFE id on the internal port, API key on the public one. 2. Deadline: none → 10 s imposed. 3. Validation
+by the protovalidate rules of the request. 4. Authorization by the method's ``access`` option; a method without one
+refuses all. 5. Read-after: the view waits for what the caller has seen. 6. The handler. 7. Errors become ``google.rpc``
+statuses. A stream's caller is authorized again as the stream goes on.
 
 Health needs no authorization; reflection needs identity but no permission.
 """
@@ -112,9 +113,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> Any:
         """Wrap the method's handler."""
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method

@@ -182,7 +182,7 @@ class _Recorder:
     def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
         self.names.extend(handler.service_name() for handler in handlers)
 
-    def add_registered_method_handlers(self, name: str, handlers: Any) -> None:  # noqa: ARG002 - grpc's signature
+    def add_registered_method_handlers(self, name: str, handlers: Any) -> None:
         self.names.append(name)
 
 
@@ -230,10 +230,10 @@ async def _serve(name: str, build: Callable[[Settings], Awaitable[App]]) -> int:
         try:
             await asyncio.wait_for(stopping.wait(), 1.0)
         except TimeoutError:
-            if not app.live():
-                log.error("%s is no longer live: ending, to be started anew", name)
-                status = 1
-                break
+            status = 0 if app.live() else 1
+        if status:
+            log.error("%s is no longer live: ending, to be started anew", name)
+            break
     log.info("%s stops", name)
     await app.stop()
     return status
