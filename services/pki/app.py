@@ -17,6 +17,7 @@ from libs.rpc import AccessDirectory, RpcServer, channel, error_of
 from libs.settings import Settings
 from services.pki.authorities import CodeOf
 from services.pki.domain import Pki
+from services.pki.model import State
 from services.pki.service import PkiInternalServicer, PkiServicer
 from services.pki.tasks import PkiTasks
 
@@ -28,7 +29,7 @@ T = TypeVar("T")
 class GrpcRegistry:
     """``RegistryPort`` over the registry's internal port; its errors pass through with their reasons."""
 
-    def __init__(self, stub: registry_pb2_grpc.RegistryInternalServiceStub) -> None:
+    def __init__(self, stub: registry_pb2_grpc.RegistryInternalServiceAsyncStub) -> None:
         self._stub = stub
 
     async def lookup_product(self, name: str) -> registry_pb2.Product:
@@ -85,7 +86,7 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
     config = RuntimeConfig(
         env=settings.env, partitions=settings.partitions, address=settings.address("pki", "internal")
     )
-    runtime = Runtime(Pki(code_of), event_log, config, tasks.handlers())
+    runtime: Runtime[State] = Runtime(Pki(code_of), event_log, config, tasks.handlers())
     tasks.submit = runtime.submit
     directory = AccessDirectory(event_log, settings, stub)
     return RpcServer(

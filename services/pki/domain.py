@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final
 
 from google.protobuf.message import Message
 from groundswell.pki.v1 import events_pb2, pki_pb2
@@ -52,7 +51,7 @@ class Pki:
         events_pb2.AdmissionRefused,
         events_pb2.DeviceCertificateRevoked,
     )
-    sources: Final[Mapping[str, Sequence[type[Message]]]] = {}
+    sources: Mapping[str, Sequence[type[Message]]] = {}
 
     def __init__(self, code_of: authorities.CodeOf) -> None:
         self._code_of = code_of
