@@ -37,6 +37,4 @@ class KafkaCheckInProducer:
 
     async def send(self, partition: int, key: bytes, value: bytes, headers: list[tuple[str, bytes]]) -> None:
         """Return when the record is in the log."""
-        await self._producer.send_and_wait(
-            self.topic, value, key=key or None, partition=partition, headers=headers
-        )
+        await self._producer.send_and_wait(self.topic, value, key=key or None, partition=partition, headers=headers)
