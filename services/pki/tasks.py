@@ -19,6 +19,7 @@ from libs.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    ResourceExhaustedError,
     UnavailableError,
 )
 from libs.eventlog import Command, Committed, Deadline, Task, TaskContext, TaskHandler
@@ -41,8 +42,14 @@ from services.pki.model import (
 from services.pki.ports import RegistryPort
 
 _CALL_S: Final = 10.0
-_FINAL: Final = (InvalidArgumentError, NotFoundError, AlreadyExistsError, FailedPreconditionError)
-"""Answers of the registry that a repeat would not change. Anything else is tried again."""
+_FINAL: Final = (
+    InvalidArgumentError,
+    NotFoundError,
+    AlreadyExistsError,
+    FailedPreconditionError,
+    ResourceExhaustedError,
+)
+"""Answers of the registry that end an admission; the device may come again. Anything else is tried again here."""
 
 
 class Submit(Protocol):
@@ -125,8 +132,8 @@ class PkiTasks:
         request = registry_pb2.UndoProvisioningRequest(name=image.device, certificate_fingerprint=image.fingerprint)
         try:
             await self.registry.undo_provisioning(request)
-        except NotFoundError:
-            return None
+        except (NotFoundError, FailedPreconditionError):
+            return None  # no such device, or it is not the one of this certificate: nothing to undo
         return None
 
     async def _at_key(self, fingerprint: str, payload: ReserveSpki | ConfirmSpki | ReleaseSpki) -> str:
