@@ -26,6 +26,7 @@ from groundswell.registry.v1 import registry_pb2
 from groundswell.releases.v1 import releases_pb2
 from groundswell.rollout.v1 import rollout_pb2
 
+from libs.resolution.convert import candidate_of, reason_of
 from services.gateway.body import CheckInBody, reports, running_state
 from services.gateway.claims import ClosedPlans, OfferClaims
 from services.gateway.publisher import CheckInPublisher
@@ -138,10 +139,10 @@ class CheckInHandler:
             await self._ask_go(organization, item, answer)
             return
         resolution = self._views.resolve(view, item.running, int(self._now() * 1000))
-        item.receipt.steps.extend(self._views.steps_to_reasons(resolution.steps))
+        item.receipt.steps.extend(reason_of(step) for step in resolution.steps)
         if body.attempt is not None or not resolution.candidates:
             return
-        candidates = self._views.candidates_to_proto(resolution.candidates)
+        candidates = [candidate_of(one) for one in resolution.candidates]
         plans = [self._views.plan_of(candidate) for candidate in candidates]
         if not body.reports and all(self._closed.is_closed(plan) for plan in plans):
             answer.reasons.append(reason("PLAN_CLOSED", "the rollout had no place a moment ago", plans[0]))

@@ -18,10 +18,10 @@ from typing import Any, Final
 import grpc
 from aiohttp import web
 from groundswell.pki.v1 import pki_pb2
-from libs.rpc import error_of
-from libs.seal import unseal
 
 from libs.errors import GroundswellError, UnavailableError
+from libs.rpc import error_of
+from libs.seal import unseal
 from services.gateway import body as bodies
 from services.gateway.checkin import CheckInHandler
 from services.gateway.identity import REVOKED_REASONS, fingerprint_of, organization_of_socket, refuse_identity

@@ -1,0 +1,169 @@
+"""Composition root of the gateway: followers, publisher, channels, and the device listener."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from groundswell.pki.v1 import pki_pb2_grpc
+from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
+from groundswell.rollout.v1 import rollout_pb2_grpc
+from libs.blobs import BlobStore
+from libs.blobs.s3 import S3BlobStore
+
+from libs.checkins import CheckInSigner
+from libs.checkins.producer import KafkaCheckInProducer, checkin_topic
+from libs.eventlog import Deadline
+from libs.eventlog.kafka import KafkaLog
+from libs.keystore import DirectoryKeyStore, KeyStore
+from libs.rpc import channel, retry_unavailable
+from libs.rpc.access import PLATFORM
+from libs.seal import accepted_keys
+from libs.settings import Settings
+from services.gateway.checkin import CheckInHandler
+from services.gateway.claims import ClosedPlans, OfferClaims
+from services.gateway.http import DeviceApi
+from services.gateway.identity import DeviceTls, HandshakeFailures
+from services.gateway.publisher import CheckInPublisher
+from services.gateway.views import GatewayViews
+
+log = logging.getLogger(__name__)
+
+START_S = 60.0
+"""Longest wait for the views to be caught up; a supervisor then starts the process anew."""
+
+
+class Gateway:
+    """Everything of one gateway process; see :func:`build`."""
+
+    def __init__(self, settings: Settings, keystore: KeyStore, blobs: BlobStore) -> None:
+        self._settings = settings
+        self._keystore = keystore
+        self._blobs = blobs
+        self._log = KafkaLog(settings.kafka)
+        self._name = f"organizations/{PLATFORM}/gateways/{settings.gateway_id}"
+        self._failures = HandshakeFailures()
+        certificate, key = (str(settings.tls_dir / f"gateway.{kind}") for kind in ("pem", "key"))
+        self._tls = DeviceTls(certificate, key, settings.gateway_domain, self._failures)
+        self._closed = ClosedPlans()
+        self._views = GatewayViews(
+            self._log, settings.env, settings.partitions, self._tls.set_anchors, self._closed.reopen
+        )
+        self._producer = KafkaCheckInProducer(settings.kafka, checkin_topic(settings.env))
+        self._channels = {
+            service: channel(settings, service, identity="gateway") for service in ("registry", "pki", "rollout")
+        }
+        self._publisher: CheckInPublisher | None = None
+        self._heartbeats: asyncio.Task[None] | None = None
+        self._runners: list[web.AppRunner] = []
+        self._listening = False
+
+    async def start(self) -> None:
+        """Health first, then views, enrolment, publisher, and last the device listener."""
+        await self._listen(self._health_app(), self._settings.gateway_health, tls=False)
+        for follower in self._views.followers.values():
+            await follower.start()
+        signing_key = self._signing_key()
+        await self._enrol(signing_key)
+        deadline = Deadline.after(START_S)
+        for follower in self._views.followers.values():
+            await follower.caught_up(deadline)
+        await self._producer.start()
+        signer = CheckInSigner(
+            signing_key, self._name, str(uuid.uuid4()), self._producer.topic, self._views.gateway_seq(self._name) or 0
+        )
+        publisher = CheckInPublisher(self._producer, lambda: signer, self._name, self._settings.partitions)
+        self._publisher = publisher
+        self._heartbeats = asyncio.create_task(publisher.heartbeats(), name="heartbeats")
+        await self._listen(self._api(publisher).application(), self._settings.gateway_listen, tls=True)
+        self._listening = True
+        log.info("listening: %s as %s", self._settings.gateway_listen, self._name)
+
+    def _api(self, publisher: CheckInPublisher) -> DeviceApi:
+        rollout = rollout_pb2_grpc.RolloutInternalServiceStub(self._channels["rollout"])
+        pki = pki_pb2_grpc.PkiInternalServiceStub(self._channels["pki"])
+        handler = CheckInHandler(
+            self._views,
+            OfferClaims(rollout.ClaimOffers, self._name),
+            self._closed,
+            rollout.AuthorizeSwitch,
+            publisher,
+        )
+        return DeviceApi(
+            self._views,
+            handler,
+            pki.AdmitCertificate,
+            self._blobs.presign_get,
+            lambda: accepted_keys(self._keystore, time.time_ns() // 1_000_000),
+        )
+
+    def _signing_key(self) -> Ed25519PrivateKey:
+        seed = self._keystore.get_or_create(
+            f"gateway-{self._settings.gateway_id}", lambda: Ed25519PrivateKey.generate().private_bytes_raw()
+        )
+        return Ed25519PrivateKey.from_private_bytes(seed)
+
+    async def _enrol(self, key: Ed25519PrivateKey) -> None:
+        registry = registry_pb2_grpc.RegistryInternalServiceStub(self._channels["registry"])
+        request = registry_pb2.CreateGatewayRequest(
+            parent=f"organizations/{PLATFORM}",
+            gateway_id=self._settings.gateway_id,
+            gateway=registry_pb2.Gateway(public_key=key.public_key().public_bytes_raw()),
+        )
+        await retry_unavailable(lambda: registry.EnrolGateway(request), attempts=8)
+
+    async def _listen(self, app: web.Application, address: str, *, tls: bool) -> None:
+        host, _, port = address.rpartition(":")
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=3.0, keepalive_timeout=75.0)
+        await runner.setup()
+        site = web.TCPSite(
+            runner, host, int(port), ssl_context=self._tls.context if tls else None, backlog=1024, reuse_port=tls
+        )
+        await site.start()
+        self._runners.append(runner)
+
+    def _health_app(self) -> web.Application:
+        async def health(_: web.Request) -> web.Response:
+            lags = {name: round(one.lag_s(), 2) for name, one in self._views.followers.items() if one.live}
+            healthy = self._listening and len(lags) == len(self._views.followers)
+            body = {
+                "status": "serving" if healthy else "not serving",
+                "lag_s": {name: (lag if lag < 1e9 else None) for name, lag in lags.items()},
+                "views": self._views.summary(),
+                "handshake_failures": {str(code): count for code, count in self._failures.counts.items()},
+                "unacknowledged_records": self._publisher.failures if self._publisher is not None else 0,
+            }
+            return web.json_response(body, status=200 if healthy else 503)
+
+        app = web.Application()
+        app.router.add_get("/healthz", health)
+        return app
+
+    def live(self) -> bool:
+        """False when a follower or the heartbeats have ended."""
+        beating = self._heartbeats is not None and not self._heartbeats.done()
+        return beating and all(follower.live for follower in self._views.followers.values())
+
+    async def stop(self) -> None:
+        """Stop intake, publish what is open, leave."""
+        for runner in reversed(self._runners):
+            await runner.cleanup()
+        if self._heartbeats is not None:
+            self._heartbeats.cancel()
+        if self._publisher is not None:
+            await self._publisher.drain()
+        for follower in self._views.followers.values():
+            await follower.stop()
+        await self._producer.stop()
+        for open_channel in self._channels.values():
+            await open_channel.close()
+        await self._log.close()
+
+
+async def build(settings: Settings) -> Gateway:
+    """The gateway, ready to start."""
+    return Gateway(settings, DirectoryKeyStore(settings.keystore_dir), S3BlobStore.from_settings(settings))

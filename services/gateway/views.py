@@ -1,0 +1,291 @@
+"""What the gateway knows: the public logs of five services, folded in memory.
+
+Every value here can be built again from the logs. Facts for ``resolve()`` are made when a record arrives, so that a
+check-in only reads. Callbacks run in the order of each partition; nothing here waits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from google.protobuf.message import Message
+from groundswell.artifacts.v1 import artifacts_pb2
+from groundswell.artifacts.v1 import events_pb2 as artifacts_events
+from groundswell.device.v1 import device_pb2
+from groundswell.pki.v1 import events_pb2 as pki_events
+from groundswell.pki.v1 import pki_pb2
+from groundswell.registry.v1 import events_pb2 as registry_events
+from groundswell.registry.v1 import registry_pb2
+from groundswell.releases.v1 import events_pb2 as releases_events
+from groundswell.releases.v1 import releases_pb2
+from groundswell.rollout.v1 import events_pb2 as rollout_events
+from groundswell.rollout.v1 import rollout_pb2
+
+from libs.eventlog import Foreign, partition_of
+from libs.eventlog.follower import ParkedRecord, PublicFollower
+from libs.eventlog.ports import EventLog
+from libs.names import organization_of, product_of
+from libs.resolution import BundleFacts, CohortGraph, DeviceFacts, OverrideFacts, PlanFacts, Resolution, resolve
+from libs.resolution.convert import bundle_facts, cohort_graph, device_facts, override_facts, plan_facts
+from libs.rpc.directory import REGISTRY_RECORDS
+
+SOURCES: Final[Mapping[str, tuple[type[Message], ...]]] = {
+    "registry": REGISTRY_RECORDS,
+    "pki": (pki_events.CaCertificateChanged, pki_events.DeviceCertificateChanged),
+    "artifacts": (artifacts_events.SigningKeyChanged, artifacts_events.BundleChanged),
+    "releases": (releases_events.GraphChanged, releases_events.BundleOverrideChanged),
+    "rollout": (rollout_events.RolloutChanged, rollout_events.AttemptChanged, rollout_events.DeviceReported),
+}
+"""Every public record type of each service that is followed."""
+
+_LIVE: Final = frozenset(
+    {
+        device_pb2.ATTEMPT_STATE_GRANTED,
+        device_pb2.ATTEMPT_STATE_ACCEPTED,
+        device_pb2.ATTEMPT_STATE_DOWNLOADING,
+        device_pb2.ATTEMPT_STATE_DOWNLOADED,
+        device_pb2.ATTEMPT_STATE_INSTALLED,
+        device_pb2.ATTEMPT_STATE_BOOTED,
+    }
+)
+_ENDED: Final = frozenset({rollout_pb2.Rollout.STATE_COMPLETED})
+_MAX_PLANS: Final = 8
+"""Rollouts of a cohort that an explanation goes into: the newest."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """A device as a request sees it."""
+
+    organization: str
+    device: registry_pb2.Device
+    fingerprint: str
+
+    @property
+    def retired(self) -> bool:
+        """Decommissioned for good."""
+        return self.device.state == registry_pb2.Device.STATE_RETIRED
+
+
+class GatewayViews:
+    """Folds public records; answers what a check-in asks."""
+
+    def __init__(
+        self,
+        log: EventLog,
+        env: str,
+        partitions: int,
+        on_anchors: Callable[[str, tuple[bytes, ...]], None],
+        on_plan: Callable[[str], None],
+    ) -> None:
+        self._partitions = partitions
+        self._on_anchors = on_anchors
+        self._on_plan = on_plan
+        self._devices: dict[str, registry_pb2.Device] = {}
+        self._facts: dict[str, DeviceFacts] = {}
+        self._policies: dict[str, registry_pb2.ConfigurationPolicy] = {}
+        self._gateway_seq: dict[str, int] = {}
+        self._cas: dict[str, dict[str, pki_pb2.CaCertificate]] = {}
+        self._certificates: dict[str, pki_pb2.DeviceCertificate] = {}
+        self._bundles: dict[str, BundleFacts] = {}
+        self._blobs: dict[tuple[str, str], str] = {}
+        self._graphs: dict[str, CohortGraph] = {}
+        self._managed: dict[str, str] = {}
+        self._overrides: dict[str, dict[str, OverrideFacts]] = {}
+        self._override_devices: dict[str, frozenset[str]] = {}
+        self._rollouts: dict[str, rollout_pb2.Rollout] = {}
+        self._plans: dict[str, tuple[PlanFacts, ...]] = {}
+        self._live_attempts: dict[str, str] = {}
+        self._parked: set[str] = set()
+        self._no_policy = registry_pb2.ConfigurationPolicy()
+        self.followers = {
+            service: PublicFollower(
+                log, service, partitions, self._apply, env=env, types=types, on_parked=self._on_parked
+            )
+            for service, types in SOURCES.items()
+        }
+        self._folds: dict[type[Message], Callable[[Foreign], None]] = {
+            registry_events.DeviceChanged: self._device_changed,
+            registry_events.ProductChanged: self._product_changed,
+            registry_events.GatewayChanged: self._gateway_changed,
+            pki_events.CaCertificateChanged: self._ca_changed,
+            pki_events.DeviceCertificateChanged: self._certificate_changed,
+            artifacts_events.BundleChanged: self._bundle_changed,
+            releases_events.GraphChanged: self._graph_changed,
+            releases_events.BundleOverrideChanged: self._override_changed,
+            rollout_events.RolloutChanged: self._rollout_changed,
+            rollout_events.AttemptChanged: self._attempt_changed,
+        }
+
+    # Folding.
+
+    def _apply(self, record: Foreign) -> None:
+        self._parked.discard(record.resource)
+        fold = self._folds.get(type(record.payload))
+        if fold is not None:
+            fold(record)
+
+    def _on_parked(self, record: ParkedRecord) -> None:
+        """What is not understood is not guessed: its resource is offered to nobody until it is understood again."""
+        self._parked.add(record.resource)
+
+    def _device_changed(self, record: Foreign) -> None:
+        device: registry_pb2.Device = record.payload.device  # type: ignore[attr-defined]
+        self._devices[device.name] = device
+        self._facts[device.name] = device_facts(device)
+
+    def _product_changed(self, record: Foreign) -> None:
+        product: registry_pb2.Product = record.payload.product  # type: ignore[attr-defined]
+        self._policies[product.name] = product.policy
+
+    def _gateway_changed(self, record: Foreign) -> None:
+        self._gateway_seq[record.resource] = record.public_seq
+
+    def _ca_changed(self, record: Foreign) -> None:
+        ca: pki_pb2.CaCertificate = record.payload.ca_certificate  # type: ignore[attr-defined]
+        organization = organization_of(ca.name)
+        held = self._cas.setdefault(organization, {})
+        held[ca.name] = ca
+        active = sorted(one.der for one in held.values() if one.state == pki_pb2.CaCertificate.STATE_ACTIVE)
+        self._on_anchors(organization, tuple(active))
+
+    def _certificate_changed(self, record: Foreign) -> None:
+        certificate: pki_pb2.DeviceCertificate = record.payload.device_certificate  # type: ignore[attr-defined]
+        self._certificates[f"{organization_of(certificate.name)}/{certificate.fingerprint}"] = certificate
+
+    def _bundle_changed(self, record: Foreign) -> None:
+        changed: artifacts_events.BundleChanged = record.payload  # type: ignore[assignment]
+        bundle: artifacts_pb2.Bundle = changed.bundle
+        self._bundles[bundle.name] = bundle_facts(bundle)
+        organization = organization_of(bundle.name)
+        for entry, key in zip(bundle.entries, changed.blob_keys, strict=False):
+            self._blobs[(organization, entry.sha256)] = key
+
+    def _graph_changed(self, record: Foreign) -> None:
+        changed: releases_events.GraphChanged = record.payload  # type: ignore[assignment]
+        before = self._graphs.get(changed.cohort)
+        for name in before.releases if before is not None else ():
+            self._managed.pop(name, None)
+        self._graphs[changed.cohort] = cohort_graph(changed.cohort, changed.releases)
+        self._managed |= {release.name: release.rollout for release in changed.releases if release.rollout}
+
+    def _override_changed(self, record: Foreign) -> None:
+        changed: releases_events.BundleOverrideChanged = record.payload  # type: ignore[assignment]
+        override = changed.bundle_override
+        for device in self._override_devices.pop(override.name, frozenset()):
+            self._overrides[device].pop(override.name, None)
+        if changed.deleted:
+            return
+        facts = override_facts(override)
+        self._override_devices[override.name] = frozenset(override.devices)
+        for device in override.devices:
+            self._overrides.setdefault(device, {})[override.name] = facts
+
+    def _rollout_changed(self, record: Foreign) -> None:
+        rollout: rollout_pb2.Rollout = record.payload.rollout  # type: ignore[attr-defined]
+        self._rollouts[rollout.name] = rollout
+        self._on_plan(rollout.name)
+        for cohort in {stage.cohort for stage in rollout.stages}:
+            meant = [
+                other
+                for other in self._rollouts.values()
+                if other.state not in _ENDED and any(stage.cohort == cohort for stage in other.stages)
+            ]
+            meant.sort(key=lambda one: one.create_time.ToNanoseconds(), reverse=True)
+            self._plans[cohort] = tuple(plan_facts(one) for one in meant[:_MAX_PLANS])
+
+    def _attempt_changed(self, record: Foreign) -> None:
+        attempt: rollout_pb2.Attempt = record.payload.attempt  # type: ignore[attr-defined]
+        if attempt.state in _LIVE:
+            self._live_attempts[attempt.device] = attempt.name
+        elif self._live_attempts.get(attempt.device) == attempt.name:
+            del self._live_attempts[attempt.device]
+        if attempt.state not in _LIVE:
+            self._on_plan(attempt.rollout or attempt.release)
+
+    # Asking.
+
+    def partition(self, organization: str) -> int:
+        """Partition of an organization."""
+        return partition_of(organization, self._partitions)
+
+    def stale_services(self, organization: str, limit_s: float) -> Sequence[str]:
+        """Services whose view of the organization's partition is over ``limit_s`` behind."""
+        partition = self.partition(organization)
+        return [name for name, follower in self.followers.items() if follower.lag_s(partition) > limit_s]
+
+    def positions(self, organization: str) -> list[device_pb2.ViewPosition]:
+        """Where each view stands."""
+        partition = self.partition(organization)
+        tokens = (follower.token(partition) for follower in self.followers.values())
+        return [
+            device_pb2.ViewPosition(
+                service=token.service, partition=partition, public_seq=token.public_seq, log_id=token.log_id
+            )
+            for token in tokens
+        ]
+
+    def certificate(self, organization: str, fingerprint: str) -> pki_pb2.DeviceCertificate | None:
+        """A certificate of the organization."""
+        return self._certificates.get(f"{organization}/{fingerprint}")
+
+    def device(self, organization: str, name: str, fingerprint: str) -> DeviceView | None:
+        """A device, once the registry's record of it has arrived."""
+        device = self._devices.get(name)
+        if device is None or name in self._parked or organization_of(name) != organization:
+            return None
+        return DeviceView(organization, device, fingerprint)
+
+    def policy(self, device: str) -> registry_pb2.ConfigurationPolicy:
+        """Configuration policy of the device's product."""
+        return self._policies.get(product_of(device), self._no_policy)
+
+    def resolve(self, view: DeviceView, running: registry_pb2.ReportedState, now_ms: int) -> Resolution:
+        """Candidates for what the device runs right now."""
+        facts = replace(
+            self._facts[view.device.name], release=running.release, bundle=running.bundle, version=running.version
+        )
+        cohort = facts.cohort
+        overrides = self._overrides.get(view.device.name)
+        return resolve(
+            facts,
+            None if cohort in self._parked else self._graphs.get(cohort),
+            tuple(overrides.values()) if overrides else (),
+            self._bundles,
+            self._plans.get(cohort, ()),
+            now_ms,
+        )
+
+    def plan_of(self, candidate: releases_pb2.Candidate) -> str:
+        """What limits grants of a candidate: its rollout, else the release or override itself."""
+        release = candidate.release or candidate.rollback_of
+        return self._managed.get(release, release) or candidate.bundle_override
+
+    def is_managed(self, release: str) -> bool:
+        """Whether a rollout still watches devices on this release."""
+        return release in self._managed
+
+    def has_live_attempt(self, device: str) -> bool:
+        """Whether an attempt of the device is in flight."""
+        return device in self._live_attempts
+
+    def plan_allows_download(self, rollout: str, control_epoch: int) -> bool:
+        """False once the rollout stopped offers after the link was sealed. Plain releases have no such control."""
+        known = self._rollouts.get(rollout)
+        return not rollout or (known is not None and known.control_epoch <= control_epoch)
+
+    def blob_key(self, organization: str, digest: str) -> str | None:
+        """Key of a binary in the object store."""
+        return self._blobs.get((organization, digest))
+
+    def gateway_seq(self, gateway: str) -> int | None:
+        """Public number under which the registry published a gateway's key."""
+        return self._gateway_seq.get(gateway)
+
+    def summary(self) -> str:
+        """Sizes, for the health answer."""
+        sizes = {"devices": len(self._devices), "rollouts": len(self._rollouts), "parked": len(self._parked)}
+        return json.dumps(sizes)
