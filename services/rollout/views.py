@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 
 from groundswell.rollout.v1 import rollout_pb2
@@ -48,8 +49,8 @@ def attempts_of(state: State, parent: str) -> Iterator[tuple[str, rollout_pb2.At
 def recent_attempts(state: State, rollout: str) -> list[rollout_pb2.Attempt]:
     """Those in flight first, then the newest, at most a hundred."""
     found = [state.attempts[name] for name in state.by_rollout.get(rollout, ())]
-    found.sort(key=lambda attempt: (not attempt.in_flight, -attempt.granted_ms, attempt.name))
-    return [attempt_proto(state, attempt) for attempt in found[:RECENT]]
+    newest = heapq.nsmallest(RECENT, found, key=lambda it: (not it.in_flight, -it.granted_ms, it.name))
+    return [attempt_proto(state, attempt) for attempt in newest]
 
 
 def explanation(state: State, device: str) -> rollout_pb2.ExplainDeviceResponse:

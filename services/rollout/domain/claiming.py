@@ -70,8 +70,9 @@ def _refuse(result: rollout_pb2.ClaimResult, refusal: Refusal) -> None:
 def _claim(
     draft: Draft, item: rollout_pb2.ClaimItem, gateway: str, result: rollout_pb2.ClaimResult, *, stale: bool
 ) -> None:
-    fold_item(draft, item.check_in, gateway)
-    stages.settle(draft)
+    if item.check_in.device == item.device:
+        fold_item(draft, item.check_in, gateway)
+        stages.settle(draft)
     refusal = device_refusal(draft.state, draft.ctx, item.device, item.device_uid)
     if stale:
         refusal = _STALE

@@ -122,22 +122,22 @@ def control(draft: Draft, command: Control) -> rollout_pb2.Rollout:
             stages.save(draft, image, "rollout.started")
         case "pause":
             image.state = _Rollout.STATE_PAUSED
-            image.state_reason = command.reason or "PAUSED_BY_OPERATOR"
+            image.state_reason = "PAUSED_BY_OPERATOR"
             image.control_epoch += 1
-            stages.save(draft, image, "rollout.paused", image.current_stage)
+            stages.save(draft, image, "rollout.paused", image.current_stage, reason=command.reason)
         case "resume":
-            _resume(draft, image)
+            _resume(draft, image, command.reason)
         case "abort":
-            stages.abort(draft, command.name, command.reason or "ABORTED_BY_OPERATOR")
+            stages.abort(draft, command.name, command.reason)
         case "roll_back":
-            stages.roll_back(draft, command.name, command.reason or "ROLLED_BACK_BY_OPERATOR")
+            stages.roll_back(draft, command.name, "ROLLED_BACK_BY_OPERATOR", command.reason)
         case "advance":
             _advance(draft, image, command.reason)
     stages.settle(draft)
     return stages.view(draft.state.rollouts[command.name])
 
 
-def _resume(draft: Draft, image: rollout_pb2.Rollout) -> None:
+def _resume(draft: Draft, image: rollout_pb2.Rollout, reason: str) -> None:
     """Going on after a halt accepts the failures so far; the stage that tripped is open again."""
     image.state = _Rollout.STATE_RUNNING
     image.state_reason = ""
@@ -153,7 +153,7 @@ def _resume(draft: Draft, image: rollout_pb2.Rollout) -> None:
         (index for index, status in enumerate(image.stage_statuses) if status.state != _Status.STATE_PASSED),
         len(image.stages) - 1,
     )
-    stages.save(draft, image, "rollout.resumed", image.current_stage)
+    stages.save(draft, image, "rollout.resumed", image.current_stage, reason=reason)
 
 
 def _advance(draft: Draft, image: rollout_pb2.Rollout, reason: str) -> None:
@@ -169,5 +169,4 @@ def _advance(draft: Draft, image: rollout_pb2.Rollout, reason: str) -> None:
         )
     if state == _Status.STATE_STALLED and not reason:
         raise InvalidArgumentError("INVALID_FIELD", "a stalled stage is advanced with a reason", field="reason")
-    image.state_reason = reason
-    stages.pass_stage(draft, image, stage, "rollout.stage_advanced")
+    stages.pass_stage(draft, image, stage, "rollout.stage_advanced", reason)

@@ -311,6 +311,8 @@ def _moved(state: State, payload: events_pb2.AttemptMoved, _event: Event) -> Sta
 
 def _go(state: State, payload: events_pb2.GoGiven, _event: Event) -> State:
     before = state.attempts[payload.attempt]
+    seen = replace(state.seen[before.device], last_seen_ms=state.stream_ms)  # it asked just now
+    state = replace(state, seen=state.seen.set(before.device, seen))
     return _index(state, replace(before, go=True, go_ms=state.stream_ms))
 
 

@@ -65,13 +65,21 @@ def edited(draft: Draft, rollout: str) -> rollout_pb2.Rollout:
     return image
 
 
-def save(draft: Draft, image: rollout_pb2.Rollout, change: str, stage: int = 0, *, published_as: str = "") -> None:
+def save(
+    draft: Draft,
+    image: rollout_pb2.Rollout,
+    change: str,
+    stage: int = 0,
+    *,
+    published_as: str = "",
+    reason: str = "",
+) -> None:
     """Append a control change and publish the whole rollout with its counts."""
     image.etag = str(draft.next_version(image.name))
     plan = draft.state.rollouts.get(image.name)
     if plan is not None:
         image = view(plan, image)
-    payload = events_pb2.RolloutSaved(rollout=image, change=change, stage=stage)
+    payload = events_pb2.RolloutSaved(rollout=image, change=change, stage=stage, reason=reason)
 
     def public(state: State) -> tuple[Public, ...]:
         whole = view(state.rollouts[image.name])
@@ -187,25 +195,25 @@ def halt(draft: Draft, rollout: str, stage: int, code: str) -> None:
         roll_back(draft, rollout, code)
 
 
-def roll_back(draft: Draft, rollout: str, code: str) -> None:
+def roll_back(draft: Draft, rollout: str, code: str, reason: str = "") -> None:
     """Retract the release in every touched cohort; devices come back under the caps."""
     image = edited(draft, rollout)
     image.state = _Rollout.STATE_ROLLING_BACK
     image.state_reason = code
     image.control_epoch += 1
-    save(draft, image, "rollout.rolling_back", image.current_stage)
+    save(draft, image, "rollout.rolling_back", image.current_stage, reason=reason)
     open_release_tasks(draft, image, TASK_RETRACT)
     sweep(draft, rollout)
 
 
-def abort(draft: Draft, rollout: str, code: str) -> None:
+def abort(draft: Draft, rollout: str, reason: str) -> None:
     """End it: attempts without go are cancelled, updated devices stay, the release is disabled."""
     image = edited(draft, rollout)
     image.state = _Rollout.STATE_ABORTED
-    image.state_reason = code
+    image.state_reason = "ABORTED_BY_OPERATOR"
     image.control_epoch += 1
     image.end_time.CopyFrom(attempts.timestamp(draft.ctx.now_ms))
-    save(draft, image, "rollout.aborted", image.current_stage)
+    save(draft, image, "rollout.aborted", image.current_stage, reason=reason)
     open_release_tasks(draft, image, TASK_DISABLE)
     sweep(draft, rollout)
 
@@ -287,7 +295,7 @@ def _advance(draft: Draft, rollout: str, plan: Plan) -> bool:
     return True
 
 
-def pass_stage(draft: Draft, image: rollout_pb2.Rollout, stage: int, change: str) -> None:
+def pass_stage(draft: Draft, image: rollout_pb2.Rollout, stage: int, change: str, reason: str = "") -> None:
     """Mark a stage passed and open the next that has not passed."""
     image.stage_statuses[stage].state = _Status.STATE_PASSED
     image.stage_statuses[stage].pass_time.CopyFrom(attempts.timestamp(draft.ctx.now_ms))
@@ -296,7 +304,7 @@ def pass_stage(draft: Draft, image: rollout_pb2.Rollout, stage: int, change: str
         if status.state != _Status.STATE_PASSED:
             open_stage(draft, image, later)
             break
-    save(draft, image, change, stage, published_as="rollout.stage_passed")
+    save(draft, image, change, stage, published_as="rollout.stage_passed", reason=reason)
 
 
 def _complete(draft: Draft, rollout: str, plan: Plan) -> bool:

@@ -1,7 +1,7 @@
 """Composition root of the worker: Faust is a thin shell around the pumps.
 
-Measured rules of Faust (protocols.md section 5): never on a transactional topic; ``noack()`` and acknowledgement only after
-the leader has the record; no exception may leave the agent; session time-out at most 6 s.
+Measured rules of Faust (protocols.md section 5): never on a transactional topic; ``noack()`` and acknowledgement only
+after the leader has the record; no exception may leave the agent; session time-out at most 6 s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, Final
@@ -96,15 +95,13 @@ class Worker:
             models=self._models,
         )
         self.app = faust_app(settings)
-        topic = self.app.topic(
-            self._topic, value_serializer="raw", key_serializer="raw", partitions=settings.partitions
-        )
-        self.app.agent(topic, concurrency=1, name="checkins")(self._checkins)
+        source = self.app.topic(self._topic, value_serializer="raw", key_serializer="raw")
+        self.app.agent(source, concurrency=1, name="checkins")(self._checkins)
 
     async def _record(self, request: Any) -> Any:
         return await self._leader.RecordObservations(request, timeout=CALL_S)
 
-    async def _checkins(self, stream: Any) -> AsyncIterator[None]:
+    async def _checkins(self, stream: Any) -> None:
         """The agent: nothing here can fail; the pumps do the work and acknowledge."""
         async for event in stream.noack().events():
             message = event.message
@@ -116,7 +113,6 @@ class Worker:
                 acknowledge=event.ack,
             )
             await self._pump(message.partition).put(delivery)
-        yield
 
     def _pump(self, partition: int) -> Pump:
         if partition not in self._pumps:

@@ -1,4 +1,4 @@
-"""Gateway keys as the registry published them, followed with plain aiokafka: Faust must not read transactional topics."""
+"""Gateway keys as the registry published them; plain aiokafka, because Faust must not read transactional topics."""
 
 from __future__ import annotations
 

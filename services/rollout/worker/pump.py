@@ -2,8 +2,8 @@
 
 * Nothing leaves a pump as an exception: what fails is repeated with back-off, for ever.
 * One call is outstanding at a time; when behind, it carries several records.
-* A record is acknowledged to Kafka only when the leader holds it in its log (or it is on the dead-letter topic). What is
-  delivered twice the leader's watermark makes harmless.
+* A record is acknowledged to Kafka only when the leader holds it in its log (or it is on the dead-letter topic). What
+  is delivered twice the leader's watermark makes harmless.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from groundswell.rollout.v1 import rollout_pb2
 
 from libs.checkins import GatewayKeys, Rejected, SequenceGuard, VerifiedBatch, verify
 from libs.eventlog.chores import back_off
 from services.rollout.observations import Backlog, Observed, observe
-from services.rollout.worker.readmodels import ReadModels
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +40,12 @@ class Delivery:
     acknowledge: Callable[[], None]
 
 
+class Models(Protocol):
+    """The read models; they never hold the stream up."""
+
+    async def update(self, partition: int, observed: Observed) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What every pump uses."""
@@ -51,7 +56,7 @@ class Tools:
     guard: SequenceGuard
     record: Record
     reject: Callable[[int, Delivery, Rejected], Awaitable[None]]
-    models: ReadModels
+    models: Models
 
 
 class Pump:

@@ -64,7 +64,7 @@ def bad_rollout(world: World) -> None:
     assert plan.state_reason == "FAILURE_LIMIT"
     assert (canary.reverted, canary.withdrawn, canary.claimed) == (1, 2, 5)
     assert canary.rolled_back == canary.confirmed + canary.withdrawn, "all that ran it are back"
-    # A healthy device that had not switched when the gate tripped is cancelled, or told to forget a go it never received.
+    # A healthy device that had not switched when the gate tripped is cancelled, or told to forget a go it never got.
     assert canary.confirmed == 2 or world.loss
     assert canary.held == canary.rollback_failed == 0
     assert beta.claimed == production.claimed == 0
