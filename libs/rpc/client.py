@@ -64,7 +64,9 @@ def channel(settings: Settings, service: str, *, identity: str) -> grpc.aio.Chan
     )
 
 
-async def retry_unavailable(call: Callable[[], Awaitable[T]], attempts: int = 4, first_delay_s: float = 0.1) -> T:
+async def retry_unavailable(
+    call: Callable[[], Awaitable[T]], attempts: int = 4, first_delay_s: float = 0.1, most_delay_s: float = 2.0
+) -> T:
     """Repeat an idempotent call while it answers UNAVAILABLE; the last error is raised.
 
     Waits as long as the answer's RetryInfo asks, and at least a delay that doubles.
@@ -78,5 +80,5 @@ async def retry_unavailable(call: Callable[[], Awaitable[T]], attempts: int = 4,
                 raise
             asked = error_of(error)
             await asyncio.sleep(max(delay, asked.retry_after_s if isinstance(asked, UnavailableError) else 0.0))
-            delay *= 2
+            delay = min(delay * 2, most_delay_s)
     raise RuntimeError("at least one attempt is needed")

@@ -59,16 +59,16 @@ class Settings(BaseSettings):
     worker_health: str = "127.0.0.1:19408"
     webhook_allow: str = ""
     """Comma list of exact ``host:port`` that webhooks may be sent to whatever the address policy says."""
-    quota_products: int = Field(default=100, ge=0)
+    quota_products: int = Field(default=1_000, ge=0)
     """Products of an organization. All quotas are answered with QUOTA_EXCEEDED naming them."""
-    quota_cohorts: int = Field(default=100, ge=0)
+    quota_cohorts: int = Field(default=1_000, ge=0)
     """Cohorts of a product."""
-    quota_devices: int = Field(default=10_000, ge=0)
+    quota_devices: int = Field(default=1_000_000, ge=0)
     """Devices of an organization that are not retired."""
-    quota_members: int = Field(default=50, ge=0)
-    quota_api_keys: int = Field(default=100, ge=0)
+    quota_members: int = Field(default=1_000, ge=0)
+    quota_api_keys: int = Field(default=1_000, ge=0)
     """API keys of an organization that are not revoked."""
-    quota_gateways: int = Field(default=50, ge=0)
+    quota_gateways: int = Field(default=1_000, ge=0)
     fail_points: str = ""
     """Named fail points, tests only."""
 

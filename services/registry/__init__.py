@@ -1,1 +1,1 @@
-"""Organizations, products, cohorts, devices, members, API keys and gateways."""
+"""The registry: organizations, products, cohorts, devices, members, API keys and gateways."""

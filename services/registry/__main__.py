@@ -1,4 +1,4 @@
-"""``python -m services.registry``."""
+"""`python -m services.registry`."""
 
 from libs.rpc import serve
 from services.registry.app import build

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from groundswell.registry.v1 import registry_pb2_grpc as grpc_api
+from groundswell.registry.v1 import registry_pb2_grpc as pb_grpc
 
 from libs.eventlog import Runtime, RuntimeConfig
 from libs.eventlog.kafka import KafkaLog
 from libs.eventlog.ports import EventLog
 from libs.rpc import RpcServer
 from libs.settings import Settings
-from services.registry.domain import Registry, State
+from services.registry.domain import Quotas, Registry
 from services.registry.service import OwnKeys, RegistryInternalServicer, RegistryServicer
 
 
 async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer:
-    """The registry, ready to start."""
+    """Everything, wired; nothing is started yet."""
     log = log or KafkaLog(settings.kafka)
-    config = RuntimeConfig(
-        env=settings.env, partitions=settings.partitions, address=settings.address("registry", "internal")
+    quotas = Quotas(
+        products=settings.quota_products,
+        cohorts=settings.quota_cohorts,
+        devices=settings.quota_devices,
+        members=settings.quota_members,
+        api_keys=settings.quota_api_keys,
+        gateways=settings.quota_gateways,
     )
-    runtime: Runtime[State] = Runtime(Registry(), log, config)
+    runtime = Runtime(
+        Registry(quotas),
+        log,
+        RuntimeConfig(env=settings.env, partitions=settings.partitions, address=settings.registry_internal),
+    )
     return RpcServer(
         settings,
         "registry",
         runtime,
         log,
-        public=[(grpc_api.add_RegistryServiceServicer_to_server, RegistryServicer(runtime))],
-        internal=[(grpc_api.add_RegistryInternalServiceServicer_to_server, RegistryInternalServicer(runtime))],
+        public=[(pb_grpc.add_RegistryServiceServicer_to_server, RegistryServicer(runtime))],
+        internal=[(pb_grpc.add_RegistryInternalServiceServicer_to_server, RegistryInternalServicer(runtime))],
         directory=OwnKeys(runtime),
     )

@@ -1,184 +1,172 @@
-"""The registry's gRPC servicers: they translate, nothing more."""
+"""gRPC servicers of the registry: requests to commands, state to answers, nothing more."""
 
 from __future__ import annotations
 
-import hashlib
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
+from google.protobuf.message import Message
 from groundswell.registry.v1 import registry_pb2 as pb
 from groundswell.registry.v1 import registry_pb2_grpc
 
-from libs.errors import InvalidArgumentError
 from libs.eventlog import Runtime
-from libs.names import is_within, organization_of, parent_of
-from libs.rpc import caller, not_found, page, snapshot_state, submit
+from libs.names import is_within, last_segment, organization_of
+from libs.rpc import caller, not_found, page, report_position, snapshot_state, submit
 from libs.rpc.access import PLATFORM, KeyRecord
-from libs.rpc.directory import key_record
 from services.registry import domain
-from services.registry.domain import State
+from services.registry.domain import State, find
+from services.registry.domain.rules import invalid
+from services.registry.domain.state import Shelves, known_key, shelf
 
-COLLECTION_OF = {
-    "products": "products",
-    "cohorts": "cohorts",
-    "devices": "devices",
-    "members": "members",
-    "api_keys": "apiKeys",
-    "gateways": "gateways",
-}
+M = TypeVar("M", bound=Message)
 
 
 class OwnKeys:
-    """The registry's own :class:`libs.rpc.access.KeyDirectory`: its committed state."""
+    """The registry knows keys from its own state: a `libs.rpc.KeyDirectory`."""
 
     def __init__(self, runtime: Runtime[State]) -> None:
         self._runtime = runtime
 
     async def lookup(self, organization: str, name: str) -> KeyRecord | None:
-        """The key with its member's role."""
-        state: State = self._runtime.snapshot(organization).state  # type: ignore[assignment]
-        key = state.api_keys.get(name)
-        return key_record(key, state.members.get(key.member, pb.Member())) if key is not None else None
+        """The key, or None."""
+        state = self._runtime.snapshot(organization).state
+        assert isinstance(state, State)  # noqa: S101 - the runtime was built for this domain
+        return known_key(state, name)
+
+
+def _found(message: M | None, name: str) -> M:
+    if message is None:
+        raise not_found(name)
+    return message
+
+
+def _items(shelves: Shelves[M], collection: str) -> Iterable[tuple[str, M]]:
+    return shelf(shelves, collection).items()
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
-    """Public API."""
+    """The public API."""
 
     def __init__(self, runtime: Runtime[State]) -> None:
         self._runtime = runtime
 
-    def _get(self, attribute: str, name: str) -> Any:
-        found = getattr(snapshot_state(self._runtime, name), attribute).get(name)
-        if found is None:
-            raise not_found(name)
-        return found
+    def _state(self, name: str) -> State:
+        return snapshot_state(self._runtime, name)
 
-    def _list(self, attribute: str, request: Any) -> tuple[list[Any], str]:
-        state = snapshot_state(self._runtime, request.parent)
-        held = state.products if "/" in request.parent.partition("/")[2] else state.organizations
-        if request.parent not in held:
-            raise not_found(request.parent)
-        prefix = f"{request.parent}/{COLLECTION_OF[attribute]}/"
-        visible = caller().resource_prefix
-        return page(
-            (
-                (name, item)
-                for name, item in getattr(state, attribute).items()
-                if name.startswith(prefix) and (is_within(name, visible) or not visible)
-            ),
-            request,
-        )
+    async def _do(self, name: str, command: object, request: Message, context: Any) -> Any:
+        return await submit(self._runtime, organization_of(name), command, request, context)
 
-    async def _create(self, request: Any, context: Any, collection: str, resource_id: str, resource: Any) -> Any:
-        principal = caller()
-        name = f"{request.parent}/{collection}/{resource_id}"
-        if resource.name and resource.name != name:
-            raise InvalidArgumentError("INVALID_FIELD", f"the name will be {name}: leave it empty", field="name")
-        command = domain.Create(
-            name, resource, principal.role, principal.member, principal.scopes, principal.resource_prefix
-        )
-        return await submit(self._runtime, organization_of(request.parent), command, request, context)
-
-    async def CreateOrganization(self, request: Any, context: Any) -> pb.Organization:
+    async def CreateOrganization(self, request: pb.CreateOrganizationRequest, context: Any) -> Any:
         command = domain.CreateOrganization(
-            request.organization_id,
-            request.organization.display_name,
-            request.owner_key_id,
-            request.owner_key_sha256,
+            request.organization_id, request.organization.display_name, request.owner_key_id, request.owner_key_sha256
         )
         return await submit(self._runtime, request.organization_id, command, request, context)
 
-    async def GetOrganization(self, request: Any, context: Any) -> pb.Organization:
-        return self._get("organizations", request.name)
+    async def GetOrganization(self, request: pb.GetOrganizationRequest, context: Any) -> Any:
+        return _found(self._state(request.name).organizations.get(request.name), request.name)
 
-    async def ListOrganizations(self, request: Any, context: Any) -> pb.ListOrganizationsResponse:
+    async def ListOrganizations(self, request: pb.ListOrganizationsRequest, context: Any) -> Any:
         principal = caller()
-        everyone = principal.role == PLATFORM
-        items: list[tuple[str, pb.Organization]] = []
+        everywhere = principal.role == PLATFORM and not principal.resource_prefix
+        found: list[tuple[str, pb.Organization]] = []
         for partition in range(self._runtime.config.partitions):
-            state: State = self._runtime.snapshot_of_partition(partition).state  # type: ignore[assignment]
-            items.extend(
+            snapshot = self._runtime.snapshot_of_partition(partition)
+            report_position(snapshot.token)
+            assert isinstance(snapshot.state, State)  # noqa: S101 - the runtime was built for this domain
+            found.extend(
                 (name, organization)
-                for name, organization in state.organizations.items()
-                if everyone or name == f"organizations/{principal.organization}"
+                for name, organization in snapshot.state.organizations.items()
+                if everywhere
+                or (organization_of(name) == principal.organization and is_within(name, principal.resource_prefix))
             )
-        found, token = page(items, request)
-        return pb.ListOrganizationsResponse(organizations=found, next_page_token=token)
+        organizations, token = page(found, request)
+        return pb.ListOrganizationsResponse(organizations=organizations, next_page_token=token)
 
-    async def CreateProduct(self, request: Any, context: Any) -> pb.Product:
-        return await self._create(request, context, "products", request.product_id, request.product)
+    async def CreateProduct(self, request: pb.CreateProductRequest, context: Any) -> Any:
+        command = domain.CreateProduct(request.parent, request.product_id, request.product)
+        return await self._do(request.parent, command, request, context)
 
-    async def GetProduct(self, request: Any, context: Any) -> pb.Product:
-        return self._get("products", request.name)
+    async def GetProduct(self, request: pb.GetProductRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).products, request.name), request.name)
 
-    async def ListProducts(self, request: Any, context: Any) -> pb.ListProductsResponse:
-        found, token = self._list("products", request)
-        return pb.ListProductsResponse(products=found, next_page_token=token)
+    async def ListProducts(self, request: pb.ListProductsRequest, context: Any) -> Any:
+        state = self._state(request.parent)
+        _found(state.organizations.get(request.parent), request.parent)
+        products, token = page(_items(state.products, f"{request.parent}/products"), request)
+        return pb.ListProductsResponse(products=products, next_page_token=token)
 
-    async def UpdateProduct(self, request: Any, context: Any) -> pb.Product:
-        command = domain.Update(request.product, tuple(request.update_mask.paths))
-        return await submit(self._runtime, organization_of(request.product.name), command, request, context)
+    async def UpdateProduct(self, request: pb.UpdateProductRequest, context: Any) -> Any:
+        command = domain.UpdateProduct(request.product, tuple(request.update_mask.paths))
+        return await self._do(request.product.name, command, request, context)
 
-    async def CreateCohort(self, request: Any, context: Any) -> pb.Cohort:
-        return await self._create(request, context, "cohorts", request.cohort_id, request.cohort)
+    async def CreateCohort(self, request: pb.CreateCohortRequest, context: Any) -> Any:
+        command = domain.CreateCohort(request.parent, request.cohort_id, request.cohort)
+        return await self._do(request.parent, command, request, context)
 
-    async def GetCohort(self, request: Any, context: Any) -> pb.Cohort:
-        return self._get("cohorts", request.name)
+    async def GetCohort(self, request: pb.GetCohortRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).cohorts, request.name), request.name)
 
-    async def ListCohorts(self, request: Any, context: Any) -> pb.ListCohortsResponse:
-        found, token = self._list("cohorts", request)
-        return pb.ListCohortsResponse(cohorts=found, next_page_token=token)
+    async def ListCohorts(self, request: pb.ListCohortsRequest, context: Any) -> Any:
+        state = self._state(request.parent)
+        _found(find(state.products, request.parent), request.parent)
+        cohorts, token = page(_items(state.cohorts, f"{request.parent}/cohorts"), request)
+        return pb.ListCohortsResponse(cohorts=cohorts, next_page_token=token)
 
-    async def CreateDevice(self, request: Any, context: Any) -> pb.Device:
-        return await self._create(request, context, "devices", request.device_id, request.device)
+    async def CreateDevice(self, request: pb.CreateDeviceRequest, context: Any) -> Any:
+        command = domain.CreateDevice(request.parent, request.device_id, request.device)
+        return await self._do(request.parent, command, request, context)
 
-    async def GetDevice(self, request: Any, context: Any) -> pb.Device:
-        return self._get("devices", request.name)
+    async def GetDevice(self, request: pb.GetDeviceRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).devices, request.name), request.name)
 
-    async def ListDevices(self, request: Any, context: Any) -> pb.ListDevicesResponse:
-        found, token = self._list("devices", request)
-        return pb.ListDevicesResponse(devices=found, next_page_token=token)
+    async def ListDevices(self, request: pb.ListDevicesRequest, context: Any) -> Any:
+        state = self._state(request.parent)
+        _found(find(state.products, request.parent), request.parent)
+        devices, token = page(_items(state.devices, f"{request.parent}/devices"), request)
+        return pb.ListDevicesResponse(devices=devices, next_page_token=token)
 
-    async def UpdateDevice(self, request: Any, context: Any) -> pb.Device:
-        command = domain.Update(request.device, tuple(request.update_mask.paths))
-        return await submit(self._runtime, organization_of(request.device.name), command, request, context)
+    async def UpdateDevice(self, request: pb.UpdateDeviceRequest, context: Any) -> Any:
+        command = domain.UpdateDevice(request.device, tuple(request.update_mask.paths))
+        return await self._do(request.device.name, command, request, context)
 
-    async def RetireDevice(self, request: Any, context: Any) -> pb.Device:
-        command = domain.RetireDevice(request.name, request.etag, request.reason)
-        return await submit(self._runtime, organization_of(request.name), command, request, context)
+    async def RetireDevice(self, request: pb.RetireDeviceRequest, context: Any) -> Any:
+        return await self._do(request.name, domain.RetireDevice(request.name, request.etag), request, context)
 
-    async def CreateMember(self, request: Any, context: Any) -> pb.Member:
-        return await self._create(request, context, "members", request.member_id, request.member)
+    async def CreateMember(self, request: pb.CreateMemberRequest, context: Any) -> Any:
+        command = domain.CreateMember(request.parent, request.member_id, request.member)
+        return await self._do(request.parent, command, request, context)
 
-    async def GetMember(self, request: Any, context: Any) -> pb.Member:
-        return self._get("members", request.name)
+    async def GetMember(self, request: pb.GetMemberRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).members, request.name), request.name)
 
-    async def ListMembers(self, request: Any, context: Any) -> pb.ListMembersResponse:
-        found, token = self._list("members", request)
-        return pb.ListMembersResponse(members=found, next_page_token=token)
+    async def ListMembers(self, request: pb.ListMembersRequest, context: Any) -> Any:
+        members, token = page(_items(self._state(request.parent).members, f"{request.parent}/members"), request)
+        return pb.ListMembersResponse(members=members, next_page_token=token)
 
-    async def CreateApiKey(self, request: Any, context: Any) -> pb.ApiKey:
-        return await self._create(request, context, "apiKeys", request.api_key_id, request.api_key)
+    async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: Any) -> Any:
+        command = domain.CreateApiKey(request.parent, request.api_key_id, request.api_key)
+        return await self._do(request.parent, command, request, context)
 
-    async def GetApiKey(self, request: Any, context: Any) -> pb.ApiKey:
-        return self._get("api_keys", request.name)
+    async def GetApiKey(self, request: pb.GetApiKeyRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).api_keys, request.name), request.name)
 
-    async def ListApiKeys(self, request: Any, context: Any) -> pb.ListApiKeysResponse:
-        found, token = self._list("api_keys", request)
-        return pb.ListApiKeysResponse(api_keys=found, next_page_token=token)
+    async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: Any) -> Any:
+        keys, token = page(_items(self._state(request.parent).api_keys, f"{request.parent}/apiKeys"), request)
+        return pb.ListApiKeysResponse(api_keys=keys, next_page_token=token)
 
-    async def RevokeApiKey(self, request: Any, context: Any) -> pb.ApiKey:
-        command = domain.RevokeApiKey(request.name, request.etag)
-        return await submit(self._runtime, organization_of(request.name), command, request, context)
+    async def RevokeApiKey(self, request: pb.RevokeApiKeyRequest, context: Any) -> Any:
+        return await self._do(request.name, domain.RevokeApiKey(request.name, request.etag), request, context)
 
-    async def CreateGateway(self, request: Any, context: Any) -> pb.Gateway:
-        return await self._create(request, context, "gateways", request.gateway_id, request.gateway)
+    async def CreateGateway(self, request: pb.CreateGatewayRequest, context: Any) -> Any:
+        command = domain.CreateGateway(request.parent, request.gateway_id, request.gateway)
+        return await self._do(request.parent, command, request, context)
 
-    async def GetGateway(self, request: Any, context: Any) -> pb.Gateway:
-        return self._get("gateways", request.name)
+    async def GetGateway(self, request: pb.GetGatewayRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).gateways, request.name), request.name)
 
-    async def ListGateways(self, request: Any, context: Any) -> pb.ListGatewaysResponse:
-        found, token = self._list("gateways", request)
-        return pb.ListGatewaysResponse(gateways=found, next_page_token=token)
+    async def ListGateways(self, request: pb.ListGatewaysRequest, context: Any) -> Any:
+        gateways, token = page(_items(self._state(request.parent).gateways, f"{request.parent}/gateways"), request)
+        return pb.ListGatewaysResponse(gateways=gateways, next_page_token=token)
 
 
 class RegistryInternalServicer(registry_pb2_grpc.RegistryInternalServiceServicer):
@@ -187,46 +175,44 @@ class RegistryInternalServicer(registry_pb2_grpc.RegistryInternalServiceServicer
     def __init__(self, runtime: Runtime[State]) -> None:
         self._runtime = runtime
 
-    def _get(self, attribute: str, name: str) -> Any:
-        found = getattr(snapshot_state(self._runtime, name), attribute).get(name)
-        if found is None:
-            raise not_found(name)
-        return found
+    def _state(self, name: str) -> State:
+        return snapshot_state(self._runtime, name)
 
-    async def Bootstrap(self, request: Any, context: Any) -> pb.BootstrapResponse:
+    async def Bootstrap(self, request: pb.BootstrapRequest, context: Any) -> Any:
         command = domain.Bootstrap(request.api_key_id, request.secret_sha256)
         return await submit(self._runtime, PLATFORM, command, request, context)
 
-    async def ProvisionDevice(self, request: Any, context: Any) -> pb.Device:
-        command = domain.ProvisionDevice(request)
+    async def ProvisionDevice(self, request: pb.ProvisionDeviceRequest, context: Any) -> Any:
+        command = domain.ProvisionDevice(
+            request.parent,
+            request.device_id,
+            request.certificate_fingerprint,
+            request.provisioned_by,
+            pb.Device(cohort=request.cohort, tags=request.tags, target=request.target, description=request.description),
+            request.development,
+        )
         return await submit(self._runtime, organization_of(request.parent), command, request, context)
 
-    async def UndoProvisioning(self, request: Any, context: Any) -> pb.Device:
-        command = domain.UndoProvisioning(request)
+    async def UndoProvisioning(self, request: pb.UndoProvisioningRequest, context: Any) -> Any:
+        command = domain.UndoProvisioning(request.name, request.certificate_fingerprint)
         return await submit(self._runtime, organization_of(request.name), command, request, context)
 
-    async def LookupProduct(self, request: Any, context: Any) -> pb.Product:
-        return self._get("products", request.name)
+    async def LookupProduct(self, request: pb.GetProductRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).products, request.name), request.name)
 
-    async def LookupCohort(self, request: Any, context: Any) -> pb.Cohort:
-        return self._get("cohorts", request.name)
+    async def LookupCohort(self, request: pb.GetCohortRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).cohorts, request.name), request.name)
 
-    async def LookupDevice(self, request: Any, context: Any) -> pb.Device:
-        return self._get("devices", request.name)
+    async def LookupDevice(self, request: pb.GetDeviceRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).devices, request.name), request.name)
 
-    async def LookupApiKey(self, request: Any, context: Any) -> pb.LookupApiKeyResponse:
-        key = self._get("api_keys", request.name)
-        state = snapshot_state(self._runtime, request.name)
-        return pb.LookupApiKeyResponse(api_key=key, member=state.members.get(key.member, pb.Member()))
+    async def LookupApiKey(self, request: pb.LookupApiKeyRequest, context: Any) -> Any:
+        state = self._state(request.name)
+        key = _found(find(state.api_keys, request.name), request.name)
+        return pb.LookupApiKeyResponse(api_key=key, member=_found(find(state.members, key.member), key.member))
 
-    async def EnrolGateway(self, request: Any, context: Any) -> pb.Gateway:
-        if parent_of(f"{request.parent}/gateways/{request.gateway_id}") != f"organizations/{PLATFORM}":
-            raise InvalidArgumentError(
-                "INVALID_FIELD", "only gateways of the platform enrol themselves", field="parent", value=request.parent
-            )
-        key = request.gateway.public_key
-        if len(key) != 32:
-            raise InvalidArgumentError("INVALID_FIELD", "public_key holds 32 bytes", field="gateway.public_key")
-        name = f"{request.parent}/gateways/{request.gateway_id}"
-        command = domain.EnrolGateway(name, key, hashlib.sha256(key).hexdigest())
+    async def EnrolGateway(self, request: pb.CreateGatewayRequest, context: Any) -> Any:
+        if last_segment(request.parent) != PLATFORM:
+            raise invalid("parent", f"must be organizations/{PLATFORM}: a gateway enrols with the platform")
+        command = domain.EnrolGateway(request.gateway_id, request.gateway.public_key)
         return await submit(self._runtime, PLATFORM, command, request, context)
