@@ -104,7 +104,7 @@ class TaskRunner(Generic[S]):
                     raise ValueError(f"task {task_id} made a command for another partition")
                 work = CommandWork(command)
             self._leadership.enqueue(work)
-            _, position = await work.done
+            _, token = await work.done
         except GroundswellError as error:
             if not self._leadership.serving:
                 return
@@ -117,7 +117,7 @@ class TaskRunner(Generic[S]):
             return
         if task_id not in state.tasks:
             self._forget(task_id)
-        elif position > before:
+        elif token.position > before:
             # Work in chunks: the command made progress and left the task open on purpose.
             self._attempts.pop(task_id, None)
             self._ready.append(task_id)

@@ -45,6 +45,18 @@ def types_by_name(types: Iterable[type[Message]]) -> dict[str, type[Message]]:
     return {kind.DESCRIPTOR.full_name: kind for kind in types}
 
 
+_type_headers: dict[type[Message], bytes] = {}
+
+
+def type_header(payload: Message) -> bytes:
+    """Value of `event-type`."""
+    kind = type(payload)
+    found = _type_headers.get(kind)
+    if found is None:
+        found = _type_headers[kind] = kind.DESCRIPTOR.full_name.encode()
+    return found
+
+
 def new_id() -> str:
     """A random id, 32 hexadecimal digits."""
     return secrets.token_hex(16)

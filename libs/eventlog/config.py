@@ -44,8 +44,8 @@ class RuntimeConfig:
     node: str = field(default_factory=new_id)
     """New at every process start; never configured in production."""
     max_batch_events: int = 500
-    max_batch_s: float = 0.005
-    """Deciding stops for a batch after this long, so that one slow decision does not hold the others' answers."""
+    max_batch_s: float = 0.025
+    """Deciding stops for a batch after this long, so that slow decisions do not hold the quick ones' answers."""
     max_queue: int = 20_000
     max_record_bytes: int = 1_000_000
     read_back_s: float = 15.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
@@ -19,14 +19,19 @@ from libs.errors import GroundswellError, UnavailableError
 from libs.eventlog import failpoints
 from libs.eventlog.codec import ENVELOPE, EVENT_TYPE, new_id
 from libs.eventlog.config import RuntimeConfig, events_topic, public_topic
+from libs.eventlog.model import Token
 from libs.eventlog.ports import Appender, EventLog, FencedError, LogError, NewRecord
 from libs.eventlog.replica import HaltedError, Replica
-from libs.eventlog.work import Outcome, Work
+from libs.eventlog.work import NOTHING, BeatWork, Outcome, Work
 from libs.eventlog.working import InternalError, Working, Writer
 
 logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
+
+
+_SLICE_S = 0.001
+_MAX_DEPTH = 16
 
 
 class ClaimFailedError(Exception):
@@ -167,64 +172,119 @@ class Leadership(Generic[S]):
             )
 
     async def _serve(self) -> None:
-        beat_every = self.config.beat_every_s
-        while not self._stopping:
-            if not self._queue:
-                self._wake.clear()
-                try:
-                    async with asyncio.timeout(beat_every):
-                        await self._wake.wait()
-                except TimeoutError:
-                    await self._batch(beat=True)
-                continue
-            await self._batch()
+        """Decide into an open batch while the one before it is being written and read back; never two at a time."""
+        writing: asyncio.Task[None] | None = None
+        batch = self._open(None)
+        try:
+            while True:
+                if not self._stopping:
+                    self._decide(batch)
+                if writing is not None:
+                    if not writing.done():
+                        await self._breathe(batch)
+                        continue
+                    writing.result()
+                    writing = None
+                    if not batch.waiting:
+                        batch = self._open(None)
+                if self._queue and batch.has_room(self.config) and not self._stopping:
+                    await asyncio.sleep(0)
+                elif batch.waiting:
+                    batch.working.finish()
+                    writing = asyncio.create_task(self._settle(batch))
+                    writing.add_done_callback(self._wake_up)
+                    # Every so often the working state is taken from the committed one again, to let the old one go.
+                    batch = self._open(batch if batch.working.depth < _MAX_DEPTH else None, blocked=writing)
+                elif self._stopping:
+                    return
+                elif not await self._woken():
+                    batch.working.beat()
+                    batch.waiting.append((BeatWork(), NOTHING))
+        finally:
+            fail(batch.waiting)
+            if writing is not None and not writing.done():
+                writing.cancel()
+                await asyncio.gather(writing, return_exceptions=True)
+
+    async def _breathe(self, batch: Batch[S]) -> None:
+        """While a batch is on its way: let the log's answers in, and sleep when there is nothing to decide."""
+        if self._queue and not self._stopping and batch.open and batch.has_room(self.config):
+            await asyncio.sleep(0)
+        else:
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _wake_up(self, _: object) -> None:
+        self._wake.set()
+
+    async def _woken(self) -> bool:
+        """Wait for work; false when the partition has been idle for so long that it must show life."""
+        if self._queue:
+            return True
+        self._wake.clear()
+        try:
+            async with asyncio.timeout(self.config.beat_every_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        return True
 
     # One batch.
 
-    async def _batch(self, *, beat: bool = False) -> None:
-        self.replica.check()
+    def _open(self, previous: Batch[S] | None, *, blocked: asyncio.Task[None] | None = None) -> Batch[S]:
         assert self._writer is not None  # noqa: S101 - set by the claim
-        working = Working(self.replica.schema, self.replica.state, self._writer, self.config.wall_clock_ms())
-        if beat:
-            working.beat()
-        waiting: list[tuple[Work[S], Outcome | GroundswellError]] = []
-        self._decide(working, waiting)
-        working.finish()
-        if not working.records:
-            self._answer(waiting, self.replica.state.applied)
-            return
-        try:
-            position = await self._write(working)
-        except BaseException:
-            for work, _ in waiting:
-                if not work.done.done():
-                    work.done.set_exception(outcome_unknown())
-                    work.done.exception()
-            raise
-        failpoints.hit(failpoints.AFTER_READBACK)
-        self._answer(waiting, position)
+        before = None if previous is None else previous.working
+        working = Working(self.replica.schema, self.replica.state, self._writer, self.config.wall_clock_ms(), before)
+        batch = Batch(working, asyncio.get_running_loop().time())
+        if previous is None and blocked is not None:
+            # Its state would lack what is being written. It opens for good when that has been read back.
+            batch.open = False
+        return batch
 
-    def _decide(self, working: Working[S], waiting: list[tuple[Work[S], Outcome | GroundswellError]]) -> None:
+    def _decide(self, batch: Batch[S]) -> None:
+        """Take what is queued, for a short while: answers of the log must not wait for long."""
+        if not batch.open or not self._queue:
+            return
+        self.replica.check()
         schema = self.replica.schema
-        until = asyncio.get_running_loop().time() + self.config.max_batch_s
+        working = batch.working
+        working.tick(self.config.wall_clock_ms())
         clock = asyncio.get_running_loop().time
-        while self._queue and len(working.records) < self.config.max_batch_events:
+        until = clock() + _SLICE_S
+        while self._queue and working.events < self.config.max_batch_events:
             work = self._queue.popleft()
             if work.done.done():
                 continue
             outcome: Outcome | GroundswellError
             try:
                 outcome = work.enter(schema, working)
-                outcome.public_seq = working.public_seq
             except GroundswellError as error:
                 outcome = error
             except Exception as error:
                 logger.exception("unexpected failure while deciding")
                 outcome = InternalError("INTERNAL", f"the service failed on this command ({type(error).__name__})")
             # Even a refusal may rest on what this batch is about to write, so it waits for the batch too.
-            waiting.append((work, outcome))
+            batch.waiting.append((work, outcome))
             if clock() >= until:
                 break
+
+    async def _settle(self, batch: Batch[S]) -> None:
+        """Write the batch and answer everybody in it."""
+        working = batch.working
+        state = self.replica.state
+        position = state.applied
+        if working.records:
+            try:
+                position = await self._write(working)
+            except BaseException:
+                fail(batch.waiting)
+                raise
+            failpoints.hit(failpoints.AFTER_READBACK)
+        # One token for all: what a batch wrote becomes visible together anyway.
+        answer(
+            batch.waiting,
+            Token(self.replica.service, self.partition, state.log_id, position, working.public_seq),
+        )
 
     async def _write(self, working: Working[S]) -> int:
         """Commit the batch and wait until the own tail has applied its last event; return that one's position."""
@@ -257,16 +317,43 @@ class Leadership(Generic[S]):
         async with asyncio.timeout(self.config.read_back_s):
             return await read_back
 
-    @staticmethod
-    def _answer(waiting: list[tuple[Work[S], Outcome | GroundswellError]], position: int) -> None:
-        for work, outcome in waiting:
-            if work.done.done():
-                continue
-            if isinstance(outcome, GroundswellError):
-                work.done.set_exception(outcome)
-                work.done.exception()
-            else:
-                work.done.set_result((outcome, position))
+
+class Batch(Generic[S]):
+    """Commands decided together, and what each is to be answered."""
+
+    __slots__ = ("open", "opened_at", "waiting", "working")
+
+    def __init__(self, working: Working[S], opened_at: float) -> None:
+        self.working = working
+        self.opened_at = opened_at
+        self.open = True
+        self.waiting: list[tuple[Work[S], Outcome | GroundswellError]] = []
+
+    def has_room(self, config: RuntimeConfig) -> bool:
+        """Neither full nor open for so long that the first in it should not wait for the last."""
+        return self.working.events < config.max_batch_events and (
+            not self.waiting or asyncio.get_running_loop().time() < self.opened_at + config.max_batch_s
+        )
+
+
+def answer(waiting: Iterable[tuple[Work[S], Outcome | GroundswellError]], token: Token) -> None:
+    """The batch has been read back."""
+    for work, outcome in waiting:
+        if work.done.done():
+            continue
+        if not isinstance(outcome, tuple):
+            work.done.set_exception(outcome)
+            work.done.exception()  # whoever gave up waiting is not to be told of it by the collector
+        else:
+            work.done.set_result((outcome, token))
+
+
+def fail(waiting: Iterable[tuple[Work[S], Outcome | GroundswellError]]) -> None:
+    """It is not known what became of the batch."""
+    for work, _ in waiting:
+        if not work.done.done():
+            work.done.set_exception(outcome_unknown())
+            work.done.exception()
 
 
 RESIGNATIONS = (FencedError, LogError, ClaimFailedError, HaltedError, TimeoutError)

@@ -13,7 +13,6 @@ Positions have gaps (commit markers, aborted records). Compare positions; never 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 
@@ -54,8 +53,7 @@ class NewRecord(NamedTuple):
     """A list because the client library takes nothing else."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A committed record as read back."""
 
     topic: str

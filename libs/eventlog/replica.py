@@ -59,12 +59,14 @@ class Replica(Generic[S]):
                     continue  # a reopened tail repeats what lies between its start and the applied position
                 event_id = state.apply(record)
                 if event_id in watches:
+                    # Whoever waits goes on after this call, when everything applied is visible.
                     watch = watches.pop(event_id)
                     if not watch.done():
                         watch.set_result(record.position)
         except Exception as error:
             logger.exception("%s/%d halted", self.service, self.partition)
             self._halt(f"{type(error).__name__}: {error}")
+        state.publish_versions()
         self._notify()
 
     def _halt(self, reason: str) -> None:

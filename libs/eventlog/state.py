@@ -78,6 +78,7 @@ class Schema(Generic[S]):
     domain: Domain[S]
     partitions: int
     types: Mapping[str, type[Message]]
+    kinds: frozenset[type[Message]]
     source_types: Mapping[str, Mapping[str, type[Message]]]
     """Public topic -> record types understood."""
     source_services: Mapping[str, str]
@@ -89,6 +90,7 @@ class Schema(Generic[S]):
             domain,
             partitions,
             types_by_name(domain.event_types),
+            frozenset(domain.event_types),
             {public_topic(env, service): types_by_name(types) for service, types in domain.sources.items()},
             {public_topic(env, service): service for service in domain.sources},
         )
@@ -160,6 +162,7 @@ class PartitionState(Generic[S]):
         "_handlers",
         "_partition",
         "_schema",
+        "_versions",
         "applied",
         "claim",
         "domain",
@@ -182,6 +185,7 @@ class PartitionState(Generic[S]):
         self._partition = partition
         self.domain: S = schema.domain.initial_state(partition)
         self.versions: immutables.Map[str, int] = immutables.Map()
+        self._versions = self.versions.mutate()
         self.tasks: immutables.Map[str, Task] = immutables.Map()
         self.parked: immutables.Map[tuple[str, str], Parked] = immutables.Map()
         self.timers: dict[str, Timer] = {}
@@ -209,6 +213,15 @@ class PartitionState(Generic[S]):
 
     def parked_resources(self) -> frozenset[str]:
         return frozenset(resource for _, resource in self.parked) if self.parked else frozenset()
+
+    def version(self, resource: str) -> int:
+        """Committed version of an aggregate."""
+        return self.versions.get(resource, 0) or 0
+
+    def publish_versions(self) -> None:
+        """Let readers see the versions of what was applied; done once for all records of a fetch."""
+        self.versions = self._versions.finish()
+        self._versions = self.versions.mutate()
 
     def apply(self, record: Record) -> str:
         """Fold one record; return its event id."""
@@ -250,10 +263,10 @@ class PartitionState(Generic[S]):
             raise CorruptLogError(f"this build does not know {event_type} at {record.position}")
         resource = envelope.resource
         version = envelope.aggregate_version
-        if version != self.versions.get(resource, 0) + 1:
-            raise CorruptLogError(
-                f"{resource} goes from version {self.versions.get(resource, 0)} to {version} at {record.position}"
-            )
+        versions = self._versions
+        before = versions.get(resource, 0)
+        if version != before + 1:
+            raise CorruptLogError(f"{resource} goes from version {before} to {version} at {record.position}")
         event = Event(
             envelope.organization,
             resource,
@@ -265,7 +278,7 @@ class PartitionState(Generic[S]):
             record.position,
         )
         self.domain = self._schema.domain.evolve(self.domain, event)
-        self.versions = self.versions.set(resource, version)
+        versions[resource] = version
 
     def _leader_claimed(self, record: Record, envelope: pb.Envelope) -> None:
         claimed = pb.LeaderClaimed.FromString(record.value)

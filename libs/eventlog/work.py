@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
 from libs.errors import GroundswellError
 from libs.eventlog.codec import LOG_ID, decode_result, header, read_envelope
-from libs.eventlog.model import Command, Decision, Foreign, TimerFired
+from libs.eventlog.model import Command, Decision, Foreign, TimerFired, Token
 from libs.eventlog.ports import Record
 from libs.eventlog.state import Parked, Schema, Watermark, recall
 from libs.eventlog.working import DecisionContext, InternalError, Origin, Working, digest_of
@@ -24,15 +24,14 @@ logger = logging.getLogger(__name__)
 S = TypeVar("S")
 
 
-class Outcome:
+class Outcome(NamedTuple):
     """What an item will be answered with once its batch is read back."""
 
-    __slots__ = ("public_seq", "replayed", "result")
+    result: Message | None
+    replayed: bool = False
 
-    def __init__(self, result: Message | None, *, replayed: bool = False) -> None:
-        self.result = result
-        self.replayed = replayed
-        self.public_seq = 0
+
+NOTHING = Outcome(None)
 
 
 class Work(Generic[S]):
@@ -41,13 +40,13 @@ class Work(Generic[S]):
     __slots__ = ("done",)
 
     def __init__(self) -> None:
-        self.done: asyncio.Future[tuple[Outcome, int]] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[tuple[Outcome, Token]] = asyncio.get_running_loop().create_future()
 
     def enter(self, schema: Schema[S], working: Working[S]) -> Outcome:
         raise NotImplementedError
 
 
-def decide(schema: Schema[S], working: Working[S], payload: object, origin: Origin) -> Decision:
+def decide(schema: Schema[S], working: Working[S], payload: object, origin: Origin | Command) -> Decision:
     """Run the domain; anything but a refusal is a defect and fails this command alone."""
     try:
         return schema.domain.decide(working.domain, payload, DecisionContext(working, origin, working.now_ms))
@@ -58,7 +57,7 @@ def decide(schema: Schema[S], working: Working[S], payload: object, origin: Orig
         raise InternalError("INTERNAL", "the service failed on this command") from error
 
 
-def take(working: Working[S], decision: Decision, origin: Origin, name: str) -> None:
+def take(working: Working[S], decision: Decision, origin: Origin | Command, name: str) -> None:
     """Add the decision; a failing `evolve` is caught here, before anything is in the log."""
     try:
         working.take(decision, origin)
@@ -85,11 +84,8 @@ class CommandWork(Work[S]):
             entry = recall(working.request(key), digest_of(command.request_digest), working.now_ms)
             if entry is not None:
                 return Outcome(decode_result(entry.result_type, entry.result), replayed=True)
-        origin = Origin(
-            command.organization, command.principal, command.request_id, command.request_digest, command.trace_parent
-        )
-        decision = decide(schema, working, command.payload, origin)
-        take(working, decision, origin, type(command.payload).__name__)
+        decision = decide(schema, working, command.payload, command)
+        take(working, decision, command, type(command.payload).__name__)
         return Outcome(decision.result)
 
 
@@ -117,7 +113,7 @@ class TimerWork(Work[S]):
                 clear_timers=(timer.timer_id, *decision.clear_timers),
             )
             take(working, cleared, origin, f"timer {timer.kind}")
-        return Outcome(None)
+        return NOTHING
 
 
 class CloseTaskWork(Work[S]):
@@ -132,7 +128,7 @@ class CloseTaskWork(Work[S]):
     def enter(self, schema: Schema[S], working: Working[S]) -> Outcome:
         del schema
         take(working, Decision(close_tasks=(self.task_id,)), Origin("", "task"), "task")
-        return Outcome(None)
+        return NOTHING
 
 
 class BeatWork(Work[S]):
@@ -143,7 +139,7 @@ class BeatWork(Work[S]):
     def enter(self, schema: Schema[S], working: Working[S]) -> Outcome:
         del schema
         working.beat()
-        return Outcome(None)
+        return NOTHING
 
 
 class ForeignWork(Work[S]):
@@ -162,13 +158,13 @@ class ForeignWork(Work[S]):
         source = (record.topic, record.partition)
         mark = working.watermark(source)
         if not self.again and self.seen(record, mark):
-            return Outcome(None)
+            return NOTHING
         sequence, log_id = self._take_in(schema, working)
         if not self.again:
             if mark is not None:
                 sequence = max(sequence, mark.public_seq)
             working.advance(record.topic, record.partition, Watermark(record.position, sequence, log_id))
-        return Outcome(None)
+        return NOTHING
 
     @staticmethod
     def seen(record: Record, mark: Watermark | None) -> bool:

@@ -1,7 +1,7 @@
-"""The working state of one batch: the committed roots plus overlays, thrown away when the batch has been read back.
+"""The working state of one batch: the committed roots plus overlays, never visible outside the batch.
 
 `Working` turns decisions into records. Each command is taken in whole or leaves no trace: everything that may fail
-(decide, evolve, size checks) happens before the overlays are touched. Nothing here is ever visible outside the batch.
+(decide, evolve, size checks) happens before the overlays are touched.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
 
 from libs.errors import GroundswellError
-from libs.eventlog.codec import ENVELOPE, EVENT_TYPE, LOG_ID, new_id, record_hash
+from libs.eventlog.codec import ENVELOPE, EVENT_TYPE, LOG_ID, new_id, record_hash, type_header
 from libs.eventlog.config import partition_of
-from libs.eventlog.model import Decision, Event, NewEvent, Task, Timer
+from libs.eventlog.model import Command, Decision, Event, NewEvent, Task, Timer
 from libs.eventlog.ports import NewRecord
 from libs.eventlog.state import Parked, PartitionState, RequestEntry, RequestKey, Schema, Watermark
 
 S = TypeVar("S")
+
+Encoded = tuple[int, bytes, list[bytes]]
+"""An event ready to be written: (version, value, values of its public records)."""
 
 _EMPTY_DIGEST = sha256(b"").digest()
 
@@ -45,9 +48,8 @@ class Writer:
     max_record_bytes: int
 
 
-@dataclass(slots=True)
-class Origin:
-    """For whom records are written."""
+class Origin(NamedTuple):
+    """For whom records are written, when that is not a caller's `Command`."""
 
     organization: str
     principal: str
@@ -56,12 +58,30 @@ class Origin:
     trace_parent: str = ""
 
 
+Asker = Origin | Command
+
+
+class Overlay:
+    """What one batch changes, beside the domain's own state. None is a removal."""
+
+    __slots__ = ("heads", "parked", "requests", "tasks", "timers", "versions", "watermarks")
+
+    def __init__(self) -> None:
+        self.versions: dict[str, int] = {}
+        self.heads: dict[str, bytes] = {}
+        self.requests: dict[RequestKey, RequestEntry] = {}
+        self.watermarks: dict[tuple[str, int], Watermark] = {}
+        self.parked: dict[tuple[str, str], Parked | None] = {}
+        self.tasks: dict[str, Task | None] = {}
+        self.timers: dict[str, Timer | None] = {}
+
+
 class DecisionContext:
     """`Context` of one command."""
 
     __slots__ = ("_command_id", "_now_ms", "_origin", "_working")
 
-    def __init__(self, working: Working[S], origin: Origin, now_ms: int) -> None:
+    def __init__(self, working: Working[S], origin: Asker, now_ms: int) -> None:
         self._working = working
         self._origin = origin
         self._now_ms = now_ms
@@ -93,47 +113,75 @@ class DecisionContext:
 
 
 class Working(Generic[S]):
-    """One batch on its way to the log."""
+    """One batch on its way to the log.
 
-    def __init__(self, schema: Schema[S], base: PartitionState[S], writer: Writer, wall_ms: int) -> None:
+    It may be opened while the batch before it is still being written. What it then reads of that batch is as uncommitted
+    as itself, and both share one fate: the leader writes it only after the other has been read back.
+    """
+
+    def __init__(
+        self,
+        schema: Schema[S],
+        base: PartitionState[S],
+        writer: Writer,
+        wall_ms: int,
+        previous: Working[S] | None = None,
+    ) -> None:
         self.base = base
-        self.domain = base.domain
-        self.now_ms = max(wall_ms, base.last_ms)
+        self.depth: int = 0 if previous is None else previous.depth + 1
+        """Batches since the working state was last taken from the committed one."""
+        self.domain: S = base.domain if previous is None else previous.domain
         self.records: list[NewRecord] = []
+        self.events = 0
+        """Size of the batch as the limit counts it: records other than watermarks."""
         self.last_event_id = ""
-        self.public_seq = base.public_seq
+        self.public_seq: int = base.public_seq if previous is None else previous.public_seq
+        self.now_ms: int = base.last_ms if previous is None else previous.now_ms
         self._schema = schema
         self._writer = writer
-        self._versions: dict[str, int] = {}
-        self._heads: dict[str, bytes] = {}
-        self._requests: dict[RequestKey, RequestEntry] = {}
-        self._watermarks: dict[tuple[str, int], Watermark] = {}
-        self._parked: dict[tuple[str, str], Parked | None] = {}
-        self._tasks: dict[str, Task | None] = {}
-        self._timers: dict[str, Timer | None] = {}
+        self._private = pb.Envelope(origin=writer.address, epoch=writer.epoch)
+        self._public = pb.Envelope(origin=writer.address, epoch=writer.epoch)
+        self._log_id = (LOG_ID, base.log_id.encode())
         self._id_prefix = new_id()[:22]
         self._id_count = 0
+        self._own: Overlay = Overlay()
+        self._before: Overlay = Overlay() if previous is None else previous._own  # noqa: SLF001 - same class
+        self.tick(wall_ms)
 
-    # What decisions and the runtime read.
+    def tick(self, wall_ms: int) -> None:
+        """Time goes on while a batch is open; it never goes back."""
+        self.now_ms = max(self.now_ms, wall_ms, self.base.last_ms)
+        self._private.occurred_at_ms = self.now_ms
+        self._public.occurred_at_ms = self.now_ms
+
+    # What decisions and the runtime read: this batch, else the one before it, else what is committed.
 
     def version(self, resource: str) -> int:
-        found = self._versions.get(resource)
-        return self.base.versions.get(resource, 0) if found is None else found
+        return self._own.versions.get(resource) or self._before.versions.get(resource) or self.base.version(resource)
 
     def request(self, key: RequestKey) -> RequestEntry | None:
-        return self._requests.get(key) or self.base.requests.get(key)
+        return self._own.requests.get(key) or self._before.requests.get(key) or self.base.requests.get(key)
 
     def timer(self, timer_id: str) -> Timer | None:
-        return self._timers[timer_id] if timer_id in self._timers else self.base.timers.get(timer_id)
+        for overlay in (self._own, self._before):
+            if timer_id in overlay.timers:
+                return overlay.timers[timer_id]
+        return self.base.timers.get(timer_id)
 
     def task(self, task_id: str) -> Task | None:
-        return self._tasks[task_id] if task_id in self._tasks else self.base.tasks.get(task_id)
+        for overlay in (self._own, self._before):
+            if task_id in overlay.tasks:
+                return overlay.tasks[task_id]
+        return self.base.tasks.get(task_id)
 
     def watermark(self, source: tuple[str, int]) -> Watermark | None:
-        return self._watermarks.get(source) or self.base.inbox.get(source)
+        return self._own.watermarks.get(source) or self._before.watermarks.get(source) or self.base.inbox.get(source)
 
     def parked_record(self, key: tuple[str, str]) -> Parked | None:
-        return self._parked[key] if key in self._parked else self.base.parked.get(key)
+        for overlay in (self._own, self._before):
+            if key in overlay.parked:
+                return overlay.parked[key]
+        return self.base.parked.get(key)
 
     def is_parked(self, resource: str) -> bool:
         """Whatever topic the record came by: resource names are unique in an installation."""
@@ -141,68 +189,60 @@ class Working(Generic[S]):
 
     # What a batch takes in.
 
-    def take(self, decision: Decision, origin: Origin) -> None:
+    def take(self, decision: Decision, origin: Asker) -> None:
         """Add a command's decision."""
-        domain, versions = self._evolve(decision.events, origin)
+        domain, encoded = self._evolve(decision.events, origin)
         planned = self._runtime_events(decision, origin)
         self.domain = domain
-        self._versions.update(versions)
         answering = self._answering(decision.events, origin)
-        for index, (event, version) in enumerate(zip(decision.events, self._versions_of(decision.events), strict=True)):
-            self._publish(event, version, origin)
+        for index, (event, (version, value, public_values)) in enumerate(zip(decision.events, encoded, strict=True)):
+            self._own.versions[event.resource] = version
+            if public_values:
+                self._publish(event, version, public_values, origin)
             self._append(
-                event.payload,
+                type_header(event.payload),
+                value,
                 origin,
-                organization=event.organization,
-                resource=event.resource,
-                version=version,
-                answer=decision if index == answering else None,
+                event.organization,
+                event.resource,
+                version,
+                decision if index == answering else None,
             )
-        wrote = bool(decision.events)
+        self.events += len(decision.events) + len(planned)
         for payload, organization in planned:
-            self._append(payload, origin, organization=organization)
-            wrote = True
-        if wrote and origin.request_id and answering < 0:
+            self._append_message(payload, origin, organization)
+        if (encoded or planned) and origin.request_id and answering < 0:
             # No event under the command's own organization: the answer needs a record to be remembered by.
-            self._append(pb.LogBeat(), origin, organization=origin.organization, answer=decision)
+            self._append_message(pb.LogBeat(), origin, origin.organization, decision)
 
-    def _versions_of(self, events: Sequence[NewEvent]) -> list[int]:
-        """Versions of just-taken events, counted back from the aggregates' current ones."""
-        left: dict[str, int] = {}
-        for event in events:
-            left[event.resource] = left.get(event.resource, 0) + 1
-        out: list[int] = []
-        for event in events:
-            left[event.resource] -= 1
-            out.append(self._versions[event.resource] - left[event.resource])
-        return out
-
-    def _evolve(self, events: Sequence[NewEvent], origin: Origin) -> tuple[S, dict[str, int]]:
+    def _evolve(self, events: Sequence[NewEvent], origin: Asker) -> tuple[S, list[Encoded]]:
+        """Fold the events tentatively and encode them: whatever can fail fails here, before anything is changed."""
         domain = self.domain
         versions: dict[str, int] = {}
+        encoded: list[Encoded] = []
+        most = self._writer.max_record_bytes
         for new in events:
+            payload = new.payload
+            resource = new.resource
             if new.organization != origin.organization and (
                 partition_of(new.organization, self._schema.partitions) != self._writer.partition
             ):
                 raise InternalError("WRONG_PARTITION", f"{new.organization} belongs to another partition")
-            size = new.payload.ByteSize()
-            if size > self._writer.max_record_bytes:
-                raise InternalError("RECORD_TOO_LARGE", f"event of {new.resource} has {size} bytes")
-            if type(new.payload).DESCRIPTOR.full_name not in self._schema.types:
-                raise InternalError("EVENT_TYPE_UNKNOWN", f"{type(new.payload).__name__} is not among event_types")
-            version = versions.get(new.resource)
-            version = (self.version(new.resource) if version is None else version) + 1
-            versions[new.resource] = version
-            for public in new.public:
-                size = public.payload.ByteSize()
-                if size > self._writer.max_record_bytes:
-                    raise InternalError("RECORD_TOO_LARGE", f"public record of {public.resource} has {size} bytes")
-            event = Event(new.organization, new.resource, version, new.payload, self.now_ms, origin.principal, "")
+            if type(payload) not in self._schema.kinds:
+                raise InternalError("EVENT_TYPE_UNKNOWN", f"{type(payload).__name__} is not among event_types")
+            value = payload.SerializeToString()
+            public_values = [public.payload.SerializeToString() for public in new.public]
+            if len(value) > most or any(len(item) > most for item in public_values):
+                raise InternalError("RECORD_TOO_LARGE", f"a record of {resource} has over {most} bytes")
+            version = (versions.get(resource) or self.version(resource)) + 1
+            versions[resource] = version
+            event = Event(new.organization, resource, version, payload, self.now_ms, origin.principal, "")
             domain = self._schema.domain.evolve(domain, event)
-        return domain, versions
+            encoded.append((version, value, public_values))
+        return domain, encoded
 
     @staticmethod
-    def _answering(events: Sequence[NewEvent], origin: Origin) -> int:
+    def _answering(events: Sequence[NewEvent], origin: Asker) -> int:
         """Index of the event that carries the answer: the last one of the command's own organization."""
         if origin.request_id:
             for index in range(len(events) - 1, -1, -1):
@@ -210,7 +250,7 @@ class Working(Generic[S]):
                     return index
         return -1
 
-    def _runtime_events(self, decision: Decision, origin: Origin) -> list[tuple[Message, str]]:
+    def _runtime_events(self, decision: Decision, origin: Asker) -> list[tuple[Message, str]]:
         """Task and timer events of a decision; what would change nothing is left out."""
         if not (decision.open_tasks or decision.close_tasks or decision.set_timers or decision.clear_timers):
             return []
@@ -219,17 +259,17 @@ class Working(Generic[S]):
             task = self.task(task_id)
             if task is not None:
                 out.append((pb.TaskClosed(task_id=task_id), task.organization))
-                self._tasks[task_id] = None
+                self._own.tasks[task_id] = None
         for task in decision.open_tasks:
             if self.task(task.task_id) is None:
                 organization = task.organization or origin.organization
                 out.append((pb.TaskOpened(task_id=task.task_id, kind=task.kind, payload=task.payload), organization))
-                self._tasks[task.task_id] = Task(task.task_id, task.kind, task.payload, organization)
+                self._own.tasks[task.task_id] = Task(task.task_id, task.kind, task.payload, organization)
         for timer_id in decision.clear_timers:
             timer = self.timer(timer_id)
             if timer is not None:
                 out.append((pb.TimerCleared(timer_id=timer_id), timer.organization))
-                self._timers[timer_id] = None
+                self._own.timers[timer_id] = None
         for timer in decision.set_timers:
             organization = timer.organization or origin.organization
             known = Timer(timer.timer_id, timer.kind, timer.at_ms, timer.payload, organization)
@@ -240,17 +280,17 @@ class Working(Generic[S]):
                         organization,
                     )
                 )
-                self._timers[timer.timer_id] = known
+                self._own.timers[timer.timer_id] = known
         return out
 
     def advance(self, topic: str, partition: int, mark: Watermark) -> None:
         """Move an inbox watermark; written once per batch by `finish`."""
-        self._watermarks[(topic, partition)] = mark
+        self._own.watermarks[(topic, partition)] = mark
 
     def park(self, topic: str, resource: str, organization: str, parked: Parked) -> None:
         """Keep a foreign record that is not understood."""
-        self._parked[(topic, resource)] = parked
-        self._append(
+        self._own.parked[(topic, resource)] = parked
+        self._append_message(
             pb.InboxParked(
                 topic=topic,
                 partition=parked.partition,
@@ -260,27 +300,27 @@ class Working(Generic[S]):
                 event_type=parked.event_type,
             ),
             Origin(organization, "inbox"),
-            organization=organization,
+            organization,
         )
 
     def unpark(self, topic: str, resource: str, organization: str) -> None:
         """A later record of the resource is understood."""
         if self.parked_record((topic, resource)) is not None:
-            self._parked[(topic, resource)] = None
-            self._append(
+            self._own.parked[(topic, resource)] = None
+            self._append_message(
                 pb.InboxUnparked(topic=topic, resource=resource),
                 Origin(organization, "inbox"),
-                organization=organization,
+                organization,
             )
 
     def beat(self) -> None:
         """A record that changes nothing."""
-        self._append(pb.LogBeat(), Origin("", ""))
+        self._append_message(pb.LogBeat(), Origin("", ""))
 
     def finish(self) -> None:
         """Write the watermarks: one record for each source, whatever the number of records taken in."""
-        for (topic, partition), mark in self._watermarks.items():
-            self._append(
+        for (topic, partition), mark in self._own.watermarks.items():
+            self._append_message(
                 pb.InboxAdvanced(
                     topic=topic,
                     partition=partition,
@@ -297,88 +337,93 @@ class Working(Generic[S]):
         self._id_count += 1
         return f"{self._id_prefix}{self._id_count:010x}"
 
-    def _publish(self, event: NewEvent, version: int, origin: Origin) -> None:
-        for public in event.public:
+    def _publish(self, event: NewEvent, version: int, values: list[bytes], origin: Asker) -> None:
+        envelope = self._public
+        envelope.organization = event.organization
+        envelope.aggregate_version = version
+        envelope.principal = origin.principal
+        envelope.trace_parent = origin.trace_parent
+        key = event.organization.encode()
+        for public, value in zip(event.public, values, strict=True):
             self.public_seq += 1
-            envelope = pb.Envelope(
-                event_id=self._event_id(),
-                organization=event.organization,
-                resource=public.resource,
-                aggregate_version=version,
-                occurred_at_ms=self.now_ms,
-                principal=origin.principal,
-                origin=self._writer.address,
-                epoch=self._writer.epoch,
-                trace_parent=origin.trace_parent,
-                public_seq=self.public_seq,
-            ).SerializeToString()
+            envelope.event_id = self._event_id()
+            envelope.resource = public.resource
+            envelope.public_seq = self.public_seq
             self.records.append(
                 NewRecord(
                     self._writer.public_topic,
                     self._writer.partition,
-                    event.organization.encode(),
-                    public.payload.SerializeToString(),
+                    key,
+                    value,
                     [
-                        (ENVELOPE, envelope),
-                        (EVENT_TYPE, type(public.payload).DESCRIPTOR.full_name.encode()),
-                        (LOG_ID, self.base.log_id.encode()),
+                        (ENVELOPE, envelope.SerializeToString()),
+                        (EVENT_TYPE, type_header(public.payload)),
+                        self._log_id,
                     ],
                 )
             )
 
+    def _append_message(
+        self, payload: Message, origin: Asker, organization: str = "", answer: Decision | None = None
+    ) -> None:
+        """A record of the runtime's own."""
+        self._append(type_header(payload), payload.SerializeToString(), origin, organization, "", 0, answer)
+
     def _append(
         self,
-        payload: Message,
-        origin: Origin,
-        *,
-        organization: str = "",
-        resource: str = "",
-        version: int = 0,
-        answer: Decision | None = None,
+        kind: bytes,
+        value: bytes,
+        origin: Asker,
+        organization: str,
+        resource: str,
+        version: int,
+        answer: Decision | None,
     ) -> None:
-        envelope = pb.Envelope(
-            event_id=self._event_id(),
-            organization=organization,
-            resource=resource,
-            aggregate_version=version,
-            occurred_at_ms=self.now_ms,
-            request_id=origin.request_id,
-            principal=origin.principal,
-            origin=self._writer.address,
-            epoch=self._writer.epoch,
-            trace_parent=origin.trace_parent,
-            prev_hash=self._head(organization),
-            public_seq=self.public_seq,
-        )
+        # One message, filled again for each record: building a new one costs several times as much.
+        envelope = self._private
+        envelope.event_id = self.last_event_id = self._event_id()
+        envelope.organization = organization
+        envelope.resource = resource
+        envelope.aggregate_version = version
+        envelope.request_id = origin.request_id
+        envelope.principal = origin.principal
+        envelope.trace_parent = origin.trace_parent
+        envelope.prev_hash = self._head(organization)
+        envelope.public_seq = self.public_seq
         if answer is not None:
             self._remember(envelope, answer, origin)
-        envelope_bytes = envelope.SerializeToString()
-        value = payload.SerializeToString()
+            envelope_bytes = envelope.SerializeToString()
+            for name in ("request_digest", "result_type", "result"):
+                envelope.ClearField(name)
+        else:
+            envelope_bytes = envelope.SerializeToString()
         if organization:
-            self._heads[organization] = record_hash(envelope_bytes, value)
-        self.last_event_id = envelope.event_id
+            self._own.heads[organization] = record_hash(envelope_bytes, value)
         self.records.append(
             NewRecord(
                 self._writer.events_topic,
                 self._writer.partition,
                 organization.encode(),
                 value,
-                [(ENVELOPE, envelope_bytes), (EVENT_TYPE, type(payload).DESCRIPTOR.full_name.encode())],
+                [(ENVELOPE, envelope_bytes), (EVENT_TYPE, kind)],
             )
         )
 
     def _head(self, organization: str) -> bytes:
         if not organization:
             return b""
-        found = self._heads.get(organization)
-        return self.base.heads.get(organization, b"") if found is None else found
+        return (
+            self._own.heads.get(organization)
+            or self._before.heads.get(organization)
+            or self.base.heads.get(organization, b"")
+        )
 
-    def _remember(self, envelope: pb.Envelope, answer: Decision, origin: Origin) -> None:
+    def _remember(self, envelope: pb.Envelope, answer: Decision, origin: Asker) -> None:
         envelope.request_digest = origin.request_digest or _EMPTY_DIGEST
         if answer.result is not None:
             envelope.result_type = answer.result.DESCRIPTOR.full_name
             envelope.result = answer.result.SerializeToString()
-        self._requests[(origin.organization, origin.principal, origin.request_id)] = RequestEntry(
+        self._own.requests[(origin.organization, origin.principal, origin.request_id)] = RequestEntry(
             envelope.request_digest, self.now_ms, envelope.result_type, envelope.result
         )
 
