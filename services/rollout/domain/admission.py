@@ -13,13 +13,14 @@ from typing import Final
 
 from groundswell.releases.v1 import releases_pb2
 from groundswell.rollout.v1 import rollout_pb2
-from libs.resolution.buckets import in_share
 
 from libs.eventlog.model import Context
+from libs.resolution.buckets import in_share
 from services.rollout.domain import attempts
 from services.rollout.domain.stages import REACHED
 from services.rollout.domain.state import (
     ROLLBACK,
+    WENT_DARK,
     Attempt,
     BundleFacts,
     Claim,
@@ -138,6 +139,8 @@ def claim_refusal(state: State, claim: Claim | None) -> Refusal | None:
     if claim is None or not claim.attempts:
         return None
     last = state.attempts[claim.attempts[-1]]
+    if last.state == WENT_DARK:
+        return Refusal("WENT_DARK", "the outcome of an earlier attempt is not known yet", last.name)
     if attempts.closed_by(last):
         return Refusal("ALREADY_FAILED", f"an earlier attempt ended with {last.code or 'a failure'}", last.name)
     return None

@@ -28,10 +28,12 @@ from services.rollout.domain.rollback import Hold, hold, judge_way_back
 from services.rollout.domain.state import (
     BOOTED,
     CANCELLED,
+    EXPIRED,
     FAILED,
     FORWARD,
     GRANTED,
     INSTALLED,
+    REVERTED,
     ROLLBACK,
     Attempt,
     Claim,
@@ -40,6 +42,7 @@ from services.rollout.domain.state import (
 )
 
 _Answer = rollout_pb2.AuthorizeSwitchResponse
+_ENDED = frozenset({FAILED, REVERTED, EXPIRED, CANCELLED})
 _STALE = Refusal("INBOX_STALE", "the leader's view of facts from elsewhere is behind", closed_for_ms=NOT_YET_KNOWN_MS)
 
 
@@ -80,7 +83,8 @@ def _claim(
     if seen.live:
         _answer_live(draft, draft.state.attempts[seen.live], item, result, refusal)
         return
-    _say_if_ended(draft, item, result)
+    if _say_if_ended(draft, item, result):
+        return  # first it forgets, then it may be offered something new
     if refusal is not None:
         _refuse(result, refusal)
         return
@@ -208,14 +212,15 @@ def _answer_live(
     result.reasons.append(attempts.reason("ATTEMPT_IN_PROGRESS", "the device works on its attempt", attempt.name))
 
 
-def _say_if_ended(draft: Draft, item: rollout_pb2.ClaimItem, result: rollout_pb2.ClaimResult) -> None:
+def _say_if_ended(draft: Draft, item: rollout_pb2.ClaimItem, result: rollout_pb2.ClaimResult) -> bool:
     """The agent works on an attempt that has ended, or that never was."""
     name = item.check_in.attempt
-    if not name:
-        return
     attempt = draft.state.attempts.get(name)
-    if attempt is None or attempt.device != item.device or not (attempt.in_flight or attempt.state < FAILED):
-        result.cancel_attempt = name
+    if not name or (attempt is not None and attempt.device == item.device and attempt.state not in _ENDED):
+        return False
+    result.cancel_attempt = name
+    result.reasons.append(attempts.reason("ATTEMPT_ENDED", "the attempt has ended or never was", name))
+    return True
 
 
 # Leave to switch ---------------------------------------------------------------------------------------------------

@@ -293,3 +293,31 @@ def test_a_failed_device_gets_no_further_attempt_at_that_release(small: Small) -
     device.end()
     small.said(device)
     assert codes(small.claim(device)) == ["ALREADY_FAILED"]
+
+
+def test_an_agent_that_works_on_an_expired_attempt_first_forgets_it_and_is_then_offered_anew(small: Small) -> None:
+    small.start()
+    device = small.device()
+    name = small.granted(device)
+    small.beat(31)
+    told = small.claim(device)
+    assert (told.cancel_attempt, told.HasField("offer")) == (name, False)
+    device.end()
+    offer = small.claim(device).offer
+    assert offer.attempt not in ("", name)
+    assert small.attempt(offer.attempt).ordinal == 2
+
+
+def test_a_device_whose_attempt_went_dark_gets_no_other_before_the_outcome_is_known(small: Small) -> None:
+    small.start(small.stage(failure_limit=9))
+    device = small.device()
+    name = small.granted(device)
+    small.ask_go(device)
+    device.reports.clear()
+    small.beat(30)
+    assert codes(small.claim(device)) == ["WENT_DARK"]
+    assert small.ask_go(device).answer == GO.ANSWER_CANCEL
+    device.end()
+    assert codes(small.claim(device)) == ["ALREADY_FAILED"]
+    assert small.attempt(name).state == device_pb2.ATTEMPT_STATE_REVERTED
+    assert small.counts().dark == 0
