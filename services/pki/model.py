@@ -137,7 +137,6 @@ class CloseAdmission:
     """The registry has created the device (``device_uid``), or refused to (``reason``)."""
 
     certificate: str
-    device: str = ""
     device_uid: str = ""
     reason: str = ""
 

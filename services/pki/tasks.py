@@ -124,7 +124,7 @@ class PkiTasks:
             return CloseAdmission(name, reason="DEVICE_IDENTIFIER_TAKEN")
         if device.state == registry_pb2.Device.STATE_RETIRED:
             return CloseAdmission(name, reason="DEVICE_RETIRED")
-        return CloseAdmission(name, device=device.name, device_uid=device.uid)
+        return CloseAdmission(name, device_uid=device.uid)
 
     async def undo(self, task: Task, ctx: TaskContext, /) -> Command | None:
         """Retire a device whose admission was refused after it had been created."""
