@@ -1,0 +1,1 @@
+"""The release graph of each cohort, bundle overrides, and dry runs."""

@@ -1,0 +1,312 @@
+"""Releases and overrides, pure; the rules of a graph are in ``graph``.
+
+Bundle and cohort are fixed when a release is created. A managed release belongs to its rollout: its name is derived, so
+that creating it again is the same fact, and only the rollout retracts or disables it until it becomes a plain one.
+``retracted`` implies ``disabled`` and is for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import immutables
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from groundswell.releases.v1 import events_pb2 as events
+from groundswell.releases.v1 import releases_pb2 as pb
+
+from libs.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError, check_etag
+from libs.eventlog import Context, Decision, Event, NewEvent, Public
+from libs.names import parent_of, product_of
+from services.releases.graph import check_fields, check_graph, copy_of, insert, is_phased, is_scheduled, remove
+
+Graph = immutables.Map[str, pb.Release]
+
+_PATHS: Final = frozenset(
+    {"description", "disabled", "next", "phase", "required", "schedule_time", "version", "version_requirement"}
+)
+_MANAGED_FIELDS: Final = ("bundle", "version", "version_requirement", "security_version", "rollout")
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """One partition's graphs and overrides."""
+
+    graphs: immutables.Map[str, Graph] = field(default_factory=immutables.Map)
+    """Cohort → its releases by name."""
+    overrides: immutables.Map[str, pb.BundleOverride] = field(default_factory=immutables.Map)
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRelease:
+    """A plain or managed release; its bundle and cohort were looked up."""
+
+    release: pb.Release
+    previous: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRelease:
+    """New values for named fields."""
+
+    release: pb.Release
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRelease:
+    """Take a release out and relink its predecessors."""
+
+    name: str
+    etag: str
+    force: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetManaged:
+    """What the managing rollout does to its release: ``retract``, ``disable`` or ``release``."""
+
+    name: str
+    rollout: str
+    action: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateOverride:
+    """A bundle override; its bundle was looked up."""
+
+    override: pb.BundleOverride
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteOverride:
+    """End an override."""
+
+    name: str
+    etag: str
+
+
+def validate_managed(state: State, release: pb.Release, now_ms: int) -> None:
+    """Raise what creating the managed release now would raise: the dry run of a rollout."""
+    graph = state.graphs.get(parent_of(release.name), Graph())
+    if release.name not in graph:
+        insert(graph, copy_of(release), "", now_ms)
+
+
+class Releases:
+    """The domain; see the module for its rules."""
+
+    service = "releases"
+    event_types: Sequence[type[Message]] = (events.ReleasesSaved, events.BundleOverrideSaved)
+    sources: Mapping[str, Sequence[type[Message]]] = {}
+
+    def __init__(self) -> None:
+        self._handlers: dict[type, Callable[[State, Any, Context], Decision]] = {
+            CreateRelease: self._create,
+            UpdateRelease: self._update,
+            DeleteRelease: self._delete,
+            SetManaged: self._set_managed,
+            CreateOverride: self._create_override,
+            DeleteOverride: self._delete_override,
+        }
+
+    def initial_state(self, partition: int) -> State:  # noqa: ARG002 - all partitions begin empty
+        """Nothing."""
+        return State()
+
+    def decide(self, state: State, command: object, ctx: Context) -> Decision:
+        """See :class:`libs.eventlog.Domain`."""
+        return self._handlers[type(command)](state, command, ctx)
+
+    def evolve(self, state: State, event: Event) -> State:
+        """After-images replace what they are images of."""
+        payload = event.payload
+        if isinstance(payload, events.ReleasesSaved):
+            graph = state.graphs.get(payload.cohort, Graph())
+            with graph.mutate() as changed:
+                for release in payload.releases:
+                    changed[release.name] = release
+                for name in payload.deleted:
+                    changed.pop(name, None)
+                return replace(state, graphs=state.graphs.set(payload.cohort, changed.finish()))
+        if isinstance(payload, events.BundleOverrideSaved):
+            name = payload.bundle_override.name
+            if payload.deleted:
+                return replace(state, overrides=state.overrides.delete(name))
+            return replace(state, overrides=state.overrides.set(name, payload.bundle_override))
+        return state
+
+    def _create(self, state: State, command: CreateRelease, ctx: Context) -> Decision:
+        new = copy_of(command.release)
+        cohort = parent_of(new.name)
+        graph = state.graphs.get(cohort, Graph())
+        known = graph.get(new.name)
+        if known is not None:
+            if new.rollout and all(getattr(known, name) == getattr(new, name) for name in _MANAGED_FIELDS):
+                return Decision(result=known)
+            if new.rollout:
+                raise AlreadyExistsError(
+                    "RELEASE_CONFLICT", f"{new.name} exists and is another release", resource=new.name
+                )
+            raise AlreadyExistsError("ALREADY_EXISTS", f"{new.name} exists already", resource=new.name)
+        new.uid = ctx.new_uuid("release")
+        new.create_time.CopyFrom(_time(ctx.now_ms))
+        changed = insert(graph, new, command.previous, ctx.now_ms)
+        return self._save(graph, cohort, changed, [], "release.created", new, ctx)
+
+    def _update(self, state: State, command: UpdateRelease, ctx: Context) -> Decision:
+        graph, known = _find(state, command.release.name)
+        check_etag(command.release.etag, known.etag, known.name)
+        wrong = [path for path in command.paths if path not in _PATHS]
+        if wrong or not command.paths:
+            raise InvalidArgumentError(
+                "INVALID_FIELD",
+                f"update_mask may name {', '.join(sorted(_PATHS))}; not {', '.join(wrong) or 'nothing'}",
+                field="update_mask",
+            )
+        if known.rollout:
+            raise _managed(known)
+        if known.retracted:
+            raise FailedPreconditionError("RELEASE_RETRACTED", f"{known.name} was retracted", resource=known.name)
+        changed = copy_of(known)
+        for path in command.paths:
+            changed.ClearField(path)  # type: ignore[arg-type]
+            if path in ("phase", "schedule_time"):
+                if command.release.HasField(path):  # type: ignore[arg-type]
+                    getattr(changed, path).CopyFrom(getattr(command.release, path))
+            else:
+                setattr(changed, path, getattr(command.release, path))
+        check_fields(changed, ctx.now_ms)
+        if changed.next and (is_phased(changed) or is_scheduled(changed, ctx.now_ms)):
+            raise InvalidArgumentError(
+                "ONLY_LATEST_PHASED", "only the latest release is phased or scheduled", field="release"
+            )
+        cohort = parent_of(known.name)
+        check_graph(graph.set(changed.name, changed))
+        return self._save(graph, cohort, [changed], [], "release.updated", changed, ctx)
+
+    def _delete(self, state: State, command: DeleteRelease, ctx: Context) -> Decision:
+        graph, known = _find(state, command.name)
+        check_etag(command.etag, known.etag, known.name)
+        if known.rollout:
+            raise _managed(known)
+        if known.required and not (command.force and command.reason):
+            raise FailedPreconditionError(
+                "RELEASE_REQUIRED",
+                f"{known.name} is required and devices may be behind it: delete it with force and a reason",
+                resource=known.name,
+            )
+        changed = remove(graph, known.name)
+        decision = self._save(graph, parent_of(known.name), changed, [known.name], "release.deleted", known, ctx)
+        return replace(decision, result=Empty())
+
+    def _set_managed(self, state: State, command: SetManaged, ctx: Context) -> Decision:
+        graph, known = _find(state, command.name)
+        if known.rollout not in (command.rollout, "") or (not known.rollout and command.action != "release"):
+            raise FailedPreconditionError(
+                "NOT_YOUR_RELEASE", f"{known.name} is not managed by {command.rollout}", resource=known.name
+            )
+        changed = copy_of(known)
+        if command.action == "retract":
+            changed.retracted = changed.disabled = True
+        elif command.action == "disable":
+            changed.disabled = True
+        else:
+            changed.rollout = ""
+        if changed == known:
+            return Decision(result=known)
+        change = "release.retracted" if command.action == "retract" else "release.updated"
+        return self._save(graph, parent_of(known.name), [changed], [], change, changed, ctx)
+
+    def _save(
+        self,
+        graph: Graph,
+        cohort: str,
+        changed: Sequence[pb.Release],
+        deleted: Sequence[str],
+        change: str,
+        subject: pb.Release,
+        ctx: Context,
+    ) -> Decision:
+        """One event for all that changes together, and the whole graph for everybody else."""
+        etag = str(ctx.version(cohort) + 1)
+        after = dict(graph)
+        for release in changed:
+            release.etag = etag
+            after[release.name] = release
+        for name in deleted:
+            after.pop(name, None)
+        private = events.ReleasesSaved(
+            cohort=cohort, releases=changed, deleted=deleted, change=change, subject=subject.name
+        )
+        public = events.GraphChanged(
+            cohort=cohort, releases=[after[name] for name in sorted(after)], change=change, subject=subject.name
+        )
+        event = NewEvent(ctx.organization, cohort, private, public=(Public(cohort, public),))
+        return Decision((event,), subject)
+
+    def _create_override(self, state: State, command: CreateOverride, ctx: Context) -> Decision:
+        override = pb.BundleOverride()
+        override.CopyFrom(command.override)
+        if override.name in state.overrides:
+            raise AlreadyExistsError("ALREADY_EXISTS", f"{override.name} exists already", resource=override.name)
+        if not override.HasField("start_time"):
+            override.start_time.CopyFrom(_time(ctx.now_ms))
+        if override.HasField("end_time") and override.end_time.ToNanoseconds() <= override.start_time.ToNanoseconds():
+            raise InvalidArgumentError(
+                "INVALID_FIELD", "end_time must be later than start_time", field="bundle_override.end_time"
+            )
+        product = product_of(override.name)
+        foreign = [device for device in override.devices if product_of(device) != product]
+        if foreign:
+            raise InvalidArgumentError(
+                "INVALID_FIELD", f"{foreign[0]} is not of the product", field="bundle_override.devices"
+            )
+        override.create_time.CopyFrom(_time(ctx.now_ms))
+        return self._save_override(override, "bundle_override.created", ctx)
+
+    def _delete_override(self, state: State, command: DeleteOverride, ctx: Context) -> Decision:
+        known = state.overrides.get(command.name)
+        if known is None:
+            raise NotFoundError("RESOURCE_NOT_FOUND", f"{command.name} does not exist", resource=command.name)
+        check_etag(command.etag, known.etag, known.name)
+        override = pb.BundleOverride()
+        override.CopyFrom(known)
+        decision = self._save_override(override, "bundle_override.deleted", ctx, deleted=True)
+        return replace(decision, result=Empty())
+
+    def _save_override(
+        self, override: pb.BundleOverride, change: str, ctx: Context, *, deleted: bool = False
+    ) -> Decision:
+        override.etag = str(ctx.version(override.name) + 1)
+        private = events.BundleOverrideSaved(bundle_override=override, deleted=deleted)
+        public = events.BundleOverrideChanged(bundle_override=override, deleted=deleted, change=change)
+        event = NewEvent(ctx.organization, override.name, private, public=(Public(override.name, public),))
+        return Decision((event,), override)
+
+
+def _find(state: State, name: str) -> tuple[Graph, pb.Release]:
+    graph = state.graphs.get(parent_of(name), Graph())
+    known = graph.get(name)
+    if known is None:
+        raise NotFoundError("RESOURCE_NOT_FOUND", f"{name} does not exist", resource=name)
+    return graph, known
+
+
+def _managed(release: pb.Release) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        "RELEASE_MANAGED",
+        f"{release.name} is managed by {release.rollout}: steer the rollout instead",
+        resource=release.name,
+        rollout=release.rollout,
+    )
+
+
+def _time(now_ms: int) -> Timestamp:
+    stamp = Timestamp()
+    stamp.FromMilliseconds(now_ms)
+    return stamp
