@@ -19,6 +19,7 @@ from groundswell.rollout.v1 import rollout_pb2
 from libs.eventlog import partition_of
 from libs.keystore import DirectoryKeyStore
 from libs.seal import accepted_keys, unseal
+from services.rollout.app import build
 from tests.conftest import KafkaEnv
 from tests.integration.rollout.stack import COHORT, GATEWAY, PRODUCT, Installation, eventually, installation
 
@@ -225,3 +226,32 @@ async def test_a_worker_that_is_killed_loses_nothing(world: Installation) -> Non
     await world.start_worker()
     await reaches(world, offer.attempt, device_pb2.ATTEMPT_STATE_INSTALLED)
     assert (await world.as_worker.GetWatermark(asked, timeout=5)).through_position > before
+
+
+@pytest.mark.timeout(120)
+async def test_a_worker_without_a_leader_is_not_healthy_and_loses_nothing(world: Installation) -> None:
+    device = await world.device("d0")
+    await world.start_worker()
+    await create_and_start(world)
+    world.start_beating()
+    offer = await offered(world, device)
+
+    async def health(status: int) -> bool:
+        return await world.worker_health() == status
+
+    await eventually(lambda: health(200), "healthy")
+    assert world.app is not None
+    await world.app.stop()
+    await world.publish(say(device, 2, 3, attempt=offer.attempt))
+    await eventually(lambda: health(503), "not healthy")
+    world.app = await build(world.settings)
+    await world.app.start()
+    await eventually(lambda: health(200), "healthy again")
+
+    async def arrived() -> bool:
+        try:
+            return await state_of(world, offer.attempt) == device_pb2.ATTEMPT_STATE_DOWNLOADING
+        except grpc.aio.AioRpcError:
+            return False
+
+    await eventually(arrived, "the reports arrived")
