@@ -16,7 +16,7 @@ from libs.eventlog import partition_of
 from services.pki.model import Ca as CaState
 from services.pki.model import Leaf
 from tests.unit.pki.factory import DAY, Ca, new_key
-from tests.unit.pki.world import ORG, PRODUCT, World, both, context, refused, running
+from tests.unit.pki.world import NEIGHBOUR, ORG, PRODUCT, World, both, context, refused, running
 
 
 def jitp(**changes: object) -> pki_pb2.JitpSettings:
@@ -138,6 +138,7 @@ async def test_a_wrong_leaf_is_refused_with_its_reason_and_writes_nothing() -> N
         for case, (make, expected) in WRONG.items():
             assert await refused(world.admit(make())) == expected, case
         assert await refused(world.admit(FACTORY.leaf("SN-1"), "beta")) == "CA_UNKNOWN"
+        assert await refused(world.admit(FACTORY.leaf("SN-1"), NEIGHBOUR)) == "CA_UNKNOWN"
         assert world.written() == before
         assert not world.registry.devices
 
@@ -151,6 +152,16 @@ async def test_policy_of_the_ca() -> None:
         await world.admit(ca.leaf("SN-1"))
         await suspend(world, registered.name)
         assert await refused(world.admit(ca.leaf("SN-2"))) == "CA_SUSPENDED"
+
+
+async def test_organizations_of_a_partition_may_have_devices_of_one_name() -> None:
+    async with running() as world:
+        ours, theirs = Ca(), Ca()
+        await world.register(ours)
+        await world.register(theirs, parent=f"organizations/{NEIGHBOUR}/products/valve")
+        first = await world.admit(ours.leaf("SN-1"))
+        second = await world.admit(theirs.leaf("SN-1"), NEIGHBOUR)
+        assert first.device_uid != second.device_uid
 
 
 async def test_an_expired_ca_creates_no_devices_and_keeps_the_known_ones() -> None:

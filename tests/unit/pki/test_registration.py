@@ -15,7 +15,7 @@ from libs.eventlog.ports import TopicPartition
 from services.pki.model import CODE_LIFE_MS, AbandonCa, ConfirmSpki, ReleaseSpki, ReserveSpki, routing_key
 from services.pki.model import Ca as CaState
 from tests.unit.pki.factory import DAY, Ca, name_of, pem
-from tests.unit.pki.world import ORG, PRODUCT, World, both, context, refused, running
+from tests.unit.pki.world import NEIGHBOUR, ORG, PRODUCT, World, both, context, refused, running
 
 BETA = "organizations/beta/products/valve"
 
@@ -58,6 +58,7 @@ async def test_the_code_is_never_in_the_log_and_a_retry_gets_the_same() -> None:
         assert len(bytes.fromhex(first.code)) == 32
         assert await world.code("one") == first.code
         assert await world.code("two") != first.code
+        assert all(not code.code for code in world.state().codes.values())
         recorded = all_bytes(world)
         assert first.name.encode() in recorded
         assert first.code.encode() not in recorded
@@ -69,10 +70,12 @@ async def test_ownership_proof_matrix() -> None:
         ca = Ca()
         code = await world.code("one")
         foreign = await world.code("theirs", "organizations/beta")
+        neighbours = await world.code("theirs", f"organizations/{NEIGHBOUR}")
         before = world.written()
         cases = {
             ca.proof("f" * 64): "PROOF_CODE_UNKNOWN",
             ca.proof(foreign): "PROOF_CODE_UNKNOWN",
+            ca.proof(neighbours): "PROOF_CODE_UNKNOWN",
             Ca().proof(code): "PROOF_NOT_SIGNED_BY_CA",
             pem(ca.leaf(code, begin=-2 * DAY, end=-DAY)): "PROOF_EXPIRED",
             pem(ca.leaf(code, basic=True)): "PROOF_IS_CA",
@@ -138,14 +141,14 @@ async def test_inside_an_organization_subjects_and_keys_are_distinct() -> None:
         assert await refused(world.register(Ca("Third"), ca_id="factory", code_id="x")) == "ALREADY_EXISTS"
 
 
-async def test_two_organizations_and_one_key_at_once_exactly_one_wins() -> None:
-    for _ in range(5):
+@pytest.mark.parametrize("rival", ["beta", NEIGHBOUR])
+async def test_two_organizations_and_one_key_at_once_exactly_one_wins(rival: str) -> None:
+    for _ in range(3):
         async with running() as world:
             ca = Ca()
-            assert partition_of("acme", 4) != partition_of("beta", 4)
-            results = await both(
-                world.register(ca), world.register(Ca("Copy", key=ca.key), parent=BETA, ca_id="stolen")
-            )
+            copy = Ca("Copy", key=ca.key)
+            parent = f"organizations/{rival}/products/valve"
+            results = await both(world.register(ca), world.register(copy, parent=parent, ca_id="stolen"))
             won = [result for result in results if isinstance(result, pki_pb2.CaCertificate)]
             lost = [result.reason for result in results if not isinstance(result, pki_pb2.CaCertificate)]
             assert [ca.state for ca in won] == [CaState.STATE_ACTIVE]
@@ -261,3 +264,14 @@ async def test_lists_hold_what_is_below_the_parent() -> None:
         assert (list(answer.ca_certificates), answer.next_page_token) == ([second], "")
         other = pki_pb2.ListCaCertificatesRequest(parent=f"{ORG}/products/thermo")
         assert not (await world.public.ListCaCertificates(other, context())).ca_certificates
+
+
+async def test_neighbours_in_a_partition_do_not_see_each_other() -> None:
+    assert partition_of("acme", 4) != partition_of("beta", 4)
+    async with running() as world:
+        await world.register(Ca())
+        parent = f"organizations/{NEIGHBOUR}/products/valve"
+        twin = await world.register(Ca(), parent=parent)
+        assert twin.state == CaState.STATE_ACTIVE, "the same subject is a conflict inside one organization only"
+        listed = await world.public.ListCaCertificates(pki_pb2.ListCaCertificatesRequest(parent=parent), context())
+        assert list(listed.ca_certificates) == [twin]

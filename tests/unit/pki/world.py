@@ -15,7 +15,7 @@ from groundswell.pki.v1 import pki_pb2
 from groundswell.registry.v1 import registry_pb2
 
 from libs.errors import AlreadyExistsError, GroundswellError, NotFoundError
-from libs.eventlog import Deadline, Runtime, RuntimeConfig
+from libs.eventlog import Deadline, Runtime, RuntimeConfig, partition_of
 from libs.eventlog.memory import MemoryLog
 from libs.keystore import MemoryKeyStore
 from libs.rpc.identity import Principal, set_caller
@@ -28,13 +28,21 @@ from tests.unit.pki.factory import Ca, der
 
 ORG = "organizations/acme"
 PRODUCT = f"{ORG}/products/thermostat"
+NEIGHBOUR = next(f"n{index}" for index in range(1000) if partition_of(f"n{index}", 4) == partition_of("acme", 4))
+"""An organization in the same partition, so in the same state."""
 
 
 @dataclass
 class FakeRegistry:
     """Idempotent by fingerprint, as the real one. ``before`` may wait or raise."""
 
-    products: set[str] = field(default_factory=lambda: {PRODUCT, "organizations/beta/products/valve"})
+    products: set[str] = field(
+        default_factory=lambda: {
+            PRODUCT,
+            "organizations/beta/products/valve",
+            f"organizations/{NEIGHBOUR}/products/valve",
+        }
+    )
     cohorts: set[str] = field(default_factory=lambda: {f"{PRODUCT}/cohorts/canary", f"{PRODUCT}/cohorts/main"})
     devices: dict[str, registry_pb2.Device] = field(default_factory=dict)
     calls: int = 0
