@@ -75,7 +75,8 @@ class MemoryLog:
         self._topics: dict[TopicPartition, _Partition] = {}
         self._producers: dict[str, _Producer] = {}
         self._groups: dict[str, _Group] = {}
-        self._waiters: set[asyncio.Future[None]] = set()
+        # A dict, because a set of futures would wake them in an order that no seed reproduces.
+        self._waiters: dict[asyncio.Future[None], None] = {}
 
     # The port.
 
@@ -191,7 +192,7 @@ class MemoryLog:
                 self._decide(transaction, _ABORTED)
 
     def notify(self) -> None:
-        waiters, self._waiters = self._waiters, set()
+        waiters, self._waiters = self._waiters, {}
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -200,11 +201,11 @@ class MemoryLog:
         """Wait for anything to happen in the log."""
         self._expire()
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         try:
             await asyncio.wait((waiter,), timeout=min(timeout_s, self._transaction_timeout_s / 4))
         finally:
-            self._waiters.discard(waiter)
+            self._waiters.pop(waiter, None)
         self._expire()
 
 
