@@ -1,0 +1,68 @@
+"""Firmware in an object store. A content key is never overwritten, and a key once deleted is never written again."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+GENERATION: Final = 1
+"""Part of every content key; it grows for a digest whose content was deleted."""
+
+
+class BlobStoreError(Exception):
+    """The store refused or did not answer; the message says what it said."""
+
+
+class BlobNotFoundError(BlobStoreError):
+    """No such key or upload."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A part as the store holds it."""
+
+    index: int
+    size: int
+    etag: str
+
+
+def content_key(sha256: str, generation: int = GENERATION) -> str:
+    """Key of hashed content."""
+    return f"sha256/{generation}/{sha256}"
+
+
+class BlobStore(Protocol):
+    """What the services need of an object store."""
+
+    async def create_upload(self, key: str) -> str:
+        """Open a multipart upload; its id."""
+
+    async def presign_part(
+        self, key: str, upload_id: str, index: int, sha256: str, expires_s: int
+    ) -> tuple[str, Mapping[str, str]]:
+        """URL and headers of a PUT that the store accepts only with a body of that digest."""
+
+    async def list_parts(self, key: str, upload_id: str) -> Sequence[StoredPart]:
+        """Parts that are there, in order. Raises BlobNotFoundError when the upload is gone."""
+
+    async def complete(self, key: str, upload_id: str, parts: Sequence[StoredPart]) -> None:
+        """Make the object from its parts."""
+
+    async def abort(self, key: str, upload_id: str) -> None:
+        """Drop an upload; one that is gone is fine."""
+
+    async def size(self, key: str) -> int | None:
+        """Bytes of an object, None when there is none."""
+
+    def stream(self, key: str) -> AsyncIterator[bytes]:
+        """Content in chunks. Raises BlobNotFoundError."""
+
+    async def promote(self, source: str, target: str) -> None:
+        """Copy to a key that is written at most once; an existing target is left alone."""
+
+    async def delete(self, key: str) -> None:
+        """Delete an object; one that is gone is fine."""
+
+    async def presign_get(self, key: str, expires_s: int) -> str:
+        """Link for a device or operator, on the public endpoint."""
