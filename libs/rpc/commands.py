@@ -82,7 +82,7 @@ def _decode_token(token: str) -> str:
     if not token:
         return ""
     try:
-        return base64.urlsafe_b64decode(token.encode()).decode()
+        return base64.b64decode(token.encode(), altchars=b"-_", validate=True).decode()
     except ValueError:
         raise InvalidArgumentError(
             "INVALID_FIELD", "page_token is not one that this server gave out", field="page_token"
