@@ -190,4 +190,4 @@ def test_settings_come_from_the_environment_and_stay(monkeypatch: pytest.MonkeyP
     settings = Settings()
     assert settings.address("pki", "internal") == "127.0.0.1:1"
     with pytest.raises(ValueError, match="frozen"):
-        settings.env = "other"  # type: ignore[misc]
+        settings.env = "other"
