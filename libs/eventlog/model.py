@@ -148,7 +148,7 @@ class Context(Protocol):
         """A server-made UUID, fresh per command and purpose (derived from the command's own random id)."""
 
     def version(self, resource: str) -> int:
-        """Current version of an aggregate, 0 when it has no event; includes events of this batch, not of this decision."""
+        """Current version of an aggregate, 0 when it has no event; counts this batch's events, not this decision's."""
 
     def parked(self, resource: str) -> bool:
         """True while a foreign record of the resource is not understood."""

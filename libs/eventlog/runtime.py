@@ -325,6 +325,8 @@ class Runtime(Generic[S]):
         return (await self._await(leadership, work, deadline)).token
 
     async def _await(self, leadership: Leadership[S], work: Work[S], deadline: Deadline) -> Committed:
+        if deadline.expired:
+            raise UnavailableError("DEADLINE_EXCEEDED", "the deadline had passed before the request was taken up")
         leadership.enqueue(work)
         self._waiting.append((deadline.at, work.done))
         if not self._sweeping:

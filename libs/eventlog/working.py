@@ -115,8 +115,8 @@ class DecisionContext:
 class Working(Generic[S]):
     """One batch on its way to the log.
 
-    It may be opened while the batch before it is still being written. What it then reads of that batch is as uncommitted
-    as itself, and both share one fate: the leader writes it only after the other has been read back.
+    It may be opened while the batch before it is still being written. What it then reads of that batch is as
+    uncommitted as itself, and both share one fate: the leader writes it only after the other has been read back.
     """
 
     def __init__(

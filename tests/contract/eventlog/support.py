@@ -345,7 +345,8 @@ class World:
         log = SteeredLog(self.log(), real_election=real_election)
         log.hooks.extend(hooks)
         number = len(self._replicas) + 1
-        settings = {"address": f"replica-{number}", "partitions": PARTITIONS, "retry_first_s": 0.02} | config
+        settings: dict[str, Any] = {"address": f"replica-{number}", "partitions": PARTITIONS, "retry_first_s": 0.02}
+        settings |= config
         runtime = self.runtime_type(domain or KeyValue(), log, RuntimeConfig(env=env or self.env, **settings), handlers)
         replica = Replica(runtime, log)
         self._replicas.append(replica)

@@ -13,6 +13,7 @@ from hashlib import sha256
 from typing import Any
 
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
+
 from libs.errors import UnavailableError
 from libs.eventlog import Command, Committed, Deadline, Runtime, RuntimeConfig, Task, TaskContext, partition_of
 from libs.eventlog.codec import read_envelope
@@ -199,7 +200,11 @@ class Simulation:
     async def insist(self, organization: str, payload: object, request: str) -> None:
         """Repeat the same request anywhere until it is answered."""
         command = Command(
-            organization, payload, principal="client", request_id=request, request_digest=sha256(request.encode()).digest()
+            organization,
+            payload,
+            principal="client",
+            request_id=request,
+            request_digest=sha256(request.encode()).digest(),
         )
         while True:
             await asyncio.sleep(self.random.uniform(0, 0.2))
@@ -235,9 +240,7 @@ class Simulation:
         assert all(health.live for health in healths), [health.problems for health in healths]
         led = sum(row.role == "leading" for health in healths for row in health.partitions)
         waiting = sum(row.open_tasks for health in healths for row in health.partitions)
-        timers = any(
-            self.fold(service, index).timers for service in ("registry", "pki") for index in range(PARTITIONS)
-        )
+        timers = any(self.fold(service, index).timers for service in ("registry", "pki") for index in range(PARTITIONS))
         return led == 2 * PARTITIONS and waiting == 0 and not timers and self._inboxes_empty()
 
     def _inboxes_empty(self) -> bool:
@@ -252,12 +255,13 @@ class Simulation:
     def records(self, service: str, partition: int) -> list[Record]:
         return self.log.records(events_topic(ENV, service), partition)
 
-    def fold(self, service: str, partition: int) -> PartitionState[State]:
+    def fold(self, service: str, partition: int, until: int | None = None) -> PartitionState[State]:
         """What the log says, by a reader that was never disturbed. Checks versions, chain and epochs on its way."""
         domain = KeyValue() if service == "registry" else Taker()
         state = PartitionState(Schema.of(domain, ENV, PARTITIONS), partition)
         for record in self.records(service, partition):
-            state.apply(record)
+            if until is None or record.position <= until:
+                state.apply(record)
         state.publish_versions()
         return state
 
@@ -280,11 +284,11 @@ class Simulation:
             assert envelope.origin == leader, f"{envelope.origin} wrote into the leadership of {leader}"
 
     def _views_are_folds(self, service: str, partition: int) -> None:
-        expected = self.fold(service, partition)
         for process in self.processes:
             if process.name.startswith(service):
                 assert process.runtime is not None
                 view = process.runtime.snapshot_of_partition(partition)
+                expected = self.fold(service, partition, until=view.token.position)
                 assert view.state == expected.domain
                 assert dict(view.versions) == dict(expected.versions)
                 assert view.token.position == expected.applied
