@@ -43,6 +43,12 @@ def caller() -> Principal:
     return principal
 
 
+def caller_name() -> str:
+    """The principal for a log line; `-` while nobody has been identified."""
+    principal = _caller.get()
+    return principal.name if principal is not None else "-"
+
+
 def set_caller(principal: Principal) -> None:
     """Used by the interceptor only."""
     _caller.set(principal)

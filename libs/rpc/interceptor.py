@@ -15,7 +15,9 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from functools import cache
 from typing import Any, Final, Protocol
 
 import grpc
@@ -33,6 +35,7 @@ from libs.rpc.identity import (
     READ_AFTER,
     Principal,
     begin_positions,
+    caller_name,
     set_caller,
     set_read_after_tokens,
 )
@@ -75,6 +78,7 @@ class DeniedCalls:
             )
 
 
+@cache
 def access_of(method: str) -> access_pb2.Access | None:
     """Access rule of ``/package.Service/Method``, or None when it has none."""
     try:
@@ -159,18 +163,19 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
         return call
 
     def _stream(
-        self, method: str, handler: Callable[[Any, Any], AsyncIterator[Any]]
+        self, method: str, handler: Callable[[Any, Any], AsyncGenerator[Any, None]]
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
         async def call(request: Message, context: Any) -> AsyncIterator[Any]:
             try:
                 await self._admit(method, request, context, DEFAULT_DEADLINE_S)
                 checked = time.monotonic()
-                async for response in handler(request, context):
-                    if time.monotonic() - checked >= STREAM_RECHECK_S:
-                        # A key that was revoked since must see nothing more.
-                        self._authorize(method, await self._identify(context), request)
-                        checked = time.monotonic()
-                    yield response
+                async with aclosing(handler(request, context)) as responses:
+                    async for response in responses:
+                        if time.monotonic() - checked >= STREAM_RECHECK_S:
+                            # A key that was revoked since must see nothing more.
+                            self._authorize(method, await self._identify(context), request)
+                            checked = time.monotonic()
+                        yield response
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
@@ -217,8 +222,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
 
     def _service(self, context: Any) -> Principal:
         prefix = f"spiffe://{self._trust_domain}/service/"
-        names = context.auth_context().get("x509_subject_alternative_name", [])
-        ids = [name.decode() for name in names if name.startswith(b"spiffe://")]
+        ids = [name.decode() for name in context.auth_context().get("peer_spiffe_id", [])]
         if len(ids) != 1 or not ids[0].startswith(prefix):
             raise UnauthenticatedError("SERVICE_UNKNOWN", "the internal port takes services of this deployment only")
         return Principal(name=ids[0], kind="service", service=ids[0].removeprefix(prefix))
@@ -251,7 +255,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
         """The error to answer; unexpected ones are logged under an id that the answer names."""
         if isinstance(error, GroundswellError):
             if isinstance(error, PermissionDeniedError | UnauthenticatedError | NotFoundError):
-                self.denied.record(method, error.reason, error.metadata.get("api_key", "-"))
+                self.denied.record(method, error.reason, caller_name())
             return error
         if isinstance(error, grpc.aio.AioRpcError):
             return error_of(error)

@@ -40,9 +40,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def status_of(error: Any) -> Any:
+    """Typed as calls are: an error of grpc is the call it ended."""
+    return rpc_status.from_call(error)
+
+
 def reason(error: grpc.RpcError) -> tuple[str, str, dict[str, str]]:
     """(status, reason, metadata) of a refused call."""
-    status = rpc_status.from_call(error)
+    status = status_of(error)
     for detail in status.details if status else ():
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo()
@@ -141,13 +146,17 @@ class Tenant:
         return found
 
 
+def _health(channel: grpc.Channel) -> Any:
+    return health_pb2_grpc.HealthStub(channel)  # its stubs say nothing of its methods
+
+
 def _await_serving(running: Running) -> None:
     until = time.monotonic() + READY_WITHIN_S
     while True:
         with running.public() as channel:
             request = health_pb2.HealthCheckRequest()
             try:
-                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=2, wait_for_ready=True)
+                answer = _health(channel).Check(request, timeout=2, wait_for_ready=True)
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return
             except grpc.RpcError:

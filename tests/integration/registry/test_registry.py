@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from typing import Any
 
 import grpc
 import pytest
@@ -13,9 +14,8 @@ from groundswell.audit.v1 import audit_pb2, audit_pb2_grpc
 from groundswell.registry.v1 import registry_pb2 as pb
 from groundswell.registry.v1 import registry_pb2_grpc as pb_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from grpc_status import rpc_status
 
-from tests.integration.registry.running import Running, Tenant, reason
+from tests.integration.registry.running import Running, Tenant, reason, status_of
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_every_wrong_field_is_named(tenant: Tenant) -> None:
         tenant.call("CreateProduct", request)
     assert reason(error.value)[:2] == ("INVALID_ARGUMENT", "INVALID_FIELD")
     bad = error_details_pb2.BadRequest()
-    status = rpc_status.from_call(error.value)
+    status = status_of(error.value)
     assert status is not None
     assert [detail.Unpack(bad) for detail in status.details].count(True) == 1
     assert {violation.field for violation in bad.field_violations} == {"parent", "product_id", "product", "request_id"}
@@ -239,7 +239,7 @@ def test_the_audit_chain_is_whole_and_only_ones_own(tenant: Tenant) -> None:
 def test_reflection_asks_for_a_key(running: Running, tenant: Tenant) -> None:
     ask = reflection_pb2.ServerReflectionRequest(list_services="")
     with running.public() as channel:
-        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         metadata = [("authorization", f"Bearer {tenant.key}")]
         answer = next(iter(stub.ServerReflectionInfo(iter([ask]), metadata=metadata, timeout=10)))
         names = {service.name for service in answer.list_services_response.service}
