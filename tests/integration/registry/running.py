@@ -74,6 +74,14 @@ class Running:
         credentials = grpc.ssl_channel_credentials(self.settings.ca, key, certificate)
         return grpc.secure_channel(self.settings.address("registry", "internal"), credentials, TARGET)
 
+    def restart(self) -> None:
+        """Kill it as a power cut would, and start it anew."""
+        self.process.kill()
+        self.process.wait(10)
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(self.process.args, env=self.environment, stderr=output, stdout=output)
+        _await_serving(self)
+
     def bootstrap(self) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "services.registry.bootstrap"]
         return subprocess.run(command, env=self.environment, capture_output=True, check=False, timeout=50)
@@ -201,11 +209,11 @@ def registry(servers: Servers, folder: Path) -> Iterator[Running]:
             assert made.returncode == 0, made.stderr.decode()
             yield running
         finally:
-            process.terminate()
+            running.process.terminate()
             try:
-                status = process.wait(20)
+                status = running.process.wait(20)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                running.process.kill()
+                running.process.wait()
                 raise
         assert status == 0, log.read_text()[-4000:]
