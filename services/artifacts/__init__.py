@@ -1,0 +1,1 @@
+"""Signing keys, artifacts, binaries with their uploads, and signed bundles."""
