@@ -103,15 +103,20 @@ class Logs:
 
 async def read_topic(bootstrap: str, topic: str) -> list[Any]:
     """All committed records of a topic, in order per partition, up to its present end."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, isolation_level="read_committed", enable_auto_commit=False)
+    # Without a group a consumer is given every partition of its topic when it starts.
+    consumer = AIOKafkaConsumer(
+        topic,
+        bootstrap_servers=bootstrap,
+        isolation_level="read_committed",
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+    )
     await consumer.start()
     try:
-        await consumer.topics()
-        partitions = consumer.partitions_for_topic(topic) or set()
-        assigned = [TopicPartition(topic, index) for index in sorted(partitions)]
-        consumer.assign(assigned)
+        assigned = sorted(consumer.assignment(), key=lambda partition: partition.partition)
+        if not assigned:
+            raise RuntimeError(f"topic {topic} has no partitions")
         ends = await consumer.end_offsets(assigned)
-        await consumer.seek_to_beginning(*assigned)
         records: dict[TopicPartition, list[Any]] = {partition: [] for partition in assigned}
         waiting = {partition for partition in assigned if ends[partition] > 0}
         while waiting:

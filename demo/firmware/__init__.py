@@ -37,6 +37,8 @@ BOOT_FAILS = "7"
 SOAK_FAILS = "49"
 """Last digits of serials that 2.0.0 fails on in the soak."""
 LOG_LIMIT = 6
+SELF_TEST_S = 2
+"""Seconds a board tests itself at boot: as long as two polls, so that a stage fills its cap."""
 PROGRAM_METADATA = {"role": "program"}
 CONFIG_METADATA = {"role": "config", "filename": "config.json"}
 
@@ -60,7 +62,13 @@ class _Version:
 
 
 def _versions(log_limit: int) -> tuple[_Version, ...]:
-    good = {"watchdog_slots": 12, "log_channels": 4, "log_rotated_channels": 4, "log_limit": log_limit}
+    good = {
+        "watchdog_slots": 12,
+        "log_channels": 4,
+        "log_rotated_channels": 4,
+        "log_limit": log_limit,
+        "self_test_s": SELF_TEST_S,
+    }
     bad = {**good, "watchdog_slots": 7, "log_channels": 5}
     return (
         _Version("1.0.0", 1, 300 * 1024, good),
