@@ -15,7 +15,7 @@ PPM: Final = 1_000_000
 
 
 def bucket(salt: bytes, uid: bytes) -> int:
-    """Place of a device on the ring, 0 … 2⁶⁴ − 1."""
+    """Place of a device on the ring, 0 to 2⁶⁴ less 1."""
     return int.from_bytes(hashlib.sha256(salt + uid).digest()[:8], "big")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from sys import intern
 
 from groundswell.artifacts.v1 import artifacts_pb2
 from groundswell.device.v1 import device_pb2
@@ -37,19 +38,23 @@ _OPEN = frozenset(
 def device_facts(
     device: registry_pb2.Device, running: registry_pb2.ReportedState | None = None, floor: int = 0
 ) -> DeviceFacts:
-    """A device with what it runs: as reported just now, or as the registry knows."""
+    """A device with what it runs: as reported just now, or as the registry knows.
+
+    Texts that a whole fleet shares are kept once.
+    """
     reported = running if running is not None else device.reported
     return DeviceFacts(
         name=device.name,
         uid=uid_bytes(device.uid),
-        cohort=device.cohort,
-        tags=frozenset(device.tags),
-        target=device.target,
+        cohort=intern(device.cohort),
+        tags=frozenset(map(intern, device.tags)),
+        target=intern(device.target),
         quarantined=device.quarantined,
-        release=reported.release,
-        bundle=reported.bundle,
-        version=reported.version,
+        release=intern(reported.release),
+        bundle=intern(reported.bundle),
+        version=intern(reported.version),
         security_floor=floor,
+        retired=device.state == registry_pb2.Device.STATE_RETIRED,
     )
 
 
@@ -88,6 +93,7 @@ def bundle_facts(bundle: artifacts_pb2.Bundle) -> BundleFacts:
         targets=frozenset(entry.target for entry in bundle.entries),
         reason=bundle.not_offerable_reason,
         version=bundle.version,
+        security_version=bundle.security_version,
     )
 
 
@@ -121,6 +127,7 @@ def plan_facts(rollout: rollout_pb2.Rollout) -> PlanFacts:
         current_stage=rollout.current_stage,
         stages=stages,
         state_reason=rollout.state_reason,
+        created_ms=rollout.create_time.ToMilliseconds(),
     )
 
 

@@ -18,6 +18,7 @@ _NONE: Mapping[str, str] = MappingProxyType({})
 class Code(StrEnum):
     """Closed list of what a step may say. The values are part of the API."""
 
+    DEVICE_RETIRED = "DEVICE_RETIRED"
     QUARANTINED = "QUARANTINED"
     OVERRIDE_ACTIVE = "OVERRIDE_ACTIVE"
     OVERRIDE_ALREADY_INSTALLED = "OVERRIDE_ALREADY_INSTALLED"
@@ -42,7 +43,12 @@ class Code(StrEnum):
     TARGET_NOT_SUPPORTED = "TARGET_NOT_SUPPORTED"
     SECURITY_VERSION_BELOW_FLOOR = "SECURITY_VERSION_BELOW_FLOOR"
     STAGE_NOT_OPEN = "STAGE_NOT_OPEN"
-    ROLLOUT_STOPPED = "ROLLOUT_STOPPED"
+    ROLLOUT_NOT_STARTED = "ROLLOUT_NOT_STARTED"
+    ROLLOUT_PAUSED = "ROLLOUT_PAUSED"
+    ROLLOUT_HALTED = "ROLLOUT_HALTED"
+    ROLLOUT_ROLLING_BACK = "ROLLOUT_ROLLING_BACK"
+    ROLLOUT_ROLLED_BACK = "ROLLOUT_ROLLED_BACK"
+    ROLLOUT_ABORTED = "ROLLOUT_ABORTED"
     CANDIDATE = "CANDIDATE"
 
 
@@ -87,6 +93,7 @@ class DeviceFacts:
     version: str = ""
     security_floor: int = 0
     """Highest security version known to be confirmed; the leader judges by its own."""
+    retired: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,30 @@ class ReleaseNode:
         """The version by precedence, None when it has none."""
         return version_or_none(self.version) if self.version else None
 
+    # What is said of a release at every poll is made once.
+
+    @cached_property
+    def candidate(self) -> Candidate:
+        """The offer of this release."""
+        return Candidate(release=self.name, bundle=self.bundle)
+
+    @cached_property
+    def candidate_step(self) -> Step:
+        """It passed every check made here."""
+        return Step(Code.CANDIDATE, "may be offered", self.name, metadata={"version": self.version})
+
+    @cached_property
+    def current_step(self) -> Step:
+        """The device says that it runs this release."""
+        metadata = {"version": self.version}
+        return Step(Code.CURRENT_BY_RELEASE, "the device reports this release", self.name, metadata=metadata)
+
+    @cached_property
+    def up_to_date_step(self) -> Step:
+        """There is nothing after this release."""
+        message = "the device runs the latest release of its cohort: a newer one would have to be created"
+        return Step(Code.UP_TO_DATE, message, self.name, blocking=True, metadata={"version": self.version})
+
 
 @dataclass(frozen=True)
 class CohortGraph:
@@ -138,9 +169,22 @@ class CohortGraph:
         return sorted(nodes, key=lambda node: (node.parsed_version, node.created_ms, node.name))
 
     @cached_property
-    def latest(self) -> ReleaseNode | None:
-        """The one release without a next."""
-        return next((node for node in self.releases.values() if not node.next), None)
+    def _paths(self) -> dict[str, tuple[ReleaseNode, ...]]:
+        return {}
+
+    def path_from(self, first: ReleaseNode) -> tuple[ReleaseNode, ...]:
+        """From a release to the first required one (itself included), else to the latest."""
+        known = self._paths.get(first.name)
+        if known is not None:
+            return known
+        path = [first]
+        # The owner of the graph keeps it free of cycles and of missing releases; a wrong one must end too.
+        while not path[-1].required and len(path) < len(self.releases):
+            following = self.releases.get(path[-1].next)
+            if following is None:
+                break
+            path.append(following)
+        return self._paths.setdefault(first.name, tuple(path))
 
 
 def _bundle_preference(node: ReleaseNode) -> tuple[object, ...]:
@@ -158,6 +202,7 @@ class BundleFacts:
     targets: frozenset[str]
     reason: str = ""
     version: str = ""
+    security_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,3 +238,4 @@ class PlanFacts:
     current_stage: int
     stages: tuple[PlanStage, ...]
     state_reason: str = ""
+    created_ms: int = 0

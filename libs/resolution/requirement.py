@@ -50,6 +50,7 @@ def check_requirement(text: str) -> None:
     compile_requirement(text)
 
 
+@lru_cache(maxsize=65536)
 def satisfies(version: str, requirement: str) -> bool:
     """Whether a version satisfies a requirement; what is no semantic version satisfies none."""
     parsed = version_or_none(version)

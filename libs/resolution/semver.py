@@ -1,4 +1,4 @@
-"""Semantic Versioning 2.0.0: parsing and precedence (semver.org, items 2–11)."""
+"""Semantic Versioning 2.0.0: parsing and precedence (semver.org, items 2 to 11)."""
 
 from __future__ import annotations
 

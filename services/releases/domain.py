@@ -2,7 +2,8 @@
 
 Bundle and cohort are fixed when a release is created. A managed release belongs to its rollout: its name is derived, so
 that creating it again is the same fact, and only the rollout retracts or disables it until it becomes a plain one.
-``retracted`` implies ``disabled`` and is for good.
+``retracted`` implies ``disabled`` and is for good. What other services say of devices, bundles and rollouts is taken in
+for dry runs alone: no decision on a graph depends on it.
 """
 
 from __future__ import annotations
@@ -15,19 +16,41 @@ import immutables
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from groundswell.artifacts.v1 import events_pb2 as artifacts_events
+from groundswell.registry.v1 import events_pb2 as registry_events
 from groundswell.releases.v1 import events_pb2 as events
 from groundswell.releases.v1 import releases_pb2 as pb
+from groundswell.rollout.v1 import events_pb2 as rollout_events
 
-from libs.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError, check_etag
-from libs.eventlog import Context, Decision, Event, NewEvent, Public
+from libs.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    check_etag,
+)
+from libs.eventlog import Context, Decision, Event, Foreign, NewEvent, Public
 from libs.names import parent_of, product_of
-from services.releases.graph import check_fields, check_graph, copy_of, insert, is_phased, is_scheduled, remove
+from libs.resolution import BundleFacts, DeviceFacts, PlanFacts
+from services.releases import facts
+from services.releases.graph import (
+    check_edit,
+    check_fields,
+    check_graph,
+    check_time,
+    copy_of,
+    insert,
+    remove,
+)
 
 Graph = immutables.Map[str, pb.Release]
 
 _PATHS: Final = frozenset(
     {"description", "disabled", "next", "phase", "required", "schedule_time", "version", "version_requirement"}
 )
+MAX_IMAGE_BYTES: Final = 800_000
+"""A graph or an override is published whole, and a record of the log holds less than a mebibyte."""
 _MANAGED_FIELDS: Final = ("bundle", "version", "version_requirement", "security_version", "rollout")
 
 
@@ -38,6 +61,9 @@ class State:
     graphs: immutables.Map[str, Graph] = field(default_factory=immutables.Map)
     """Cohort → its releases by name."""
     overrides: immutables.Map[str, pb.BundleOverride] = field(default_factory=immutables.Map)
+    devices: immutables.Map[str, DeviceFacts] = field(default_factory=immutables.Map)
+    bundles: immutables.Map[str, BundleFacts] = field(default_factory=immutables.Map)
+    plans: immutables.Map[str, PlanFacts] = field(default_factory=immutables.Map)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +119,42 @@ class DeleteOverride:
 def validate_managed(state: State, release: pb.Release, now_ms: int) -> None:
     """Raise what creating the managed release now would raise: the dry run of a rollout."""
     graph = state.graphs.get(parent_of(release.name), Graph())
-    if release.name not in graph:
+    known = graph.get(release.name)
+    if known is None:
         insert(graph, copy_of(release), "", now_ms)
+    elif not same_managed(known, release):
+        raise _conflict(release)
+
+
+def same_managed(known: pb.Release, wanted: pb.Release) -> bool:
+    """Whether creating it again is the same fact."""
+    return all(getattr(known, name) == getattr(wanted, name) for name in _MANAGED_FIELDS)
 
 
 class Releases:
     """The domain; see the module for its rules."""
 
     service = "releases"
-    event_types: Sequence[type[Message]] = (events.ReleasesSaved, events.BundleOverrideSaved)
-    sources: Mapping[str, Sequence[type[Message]]] = {}
+    event_types: Sequence[type[Message]] = (
+        events.ReleasesSaved,
+        events.BundleOverrideSaved,
+        events.DeviceNoted,
+        events.BundleNoted,
+        events.RolloutNoted,
+    )
+    sources: Mapping[str, Sequence[type[Message]]] = {
+        "registry": (
+            registry_events.OrganizationChanged,
+            registry_events.ProductChanged,
+            registry_events.CohortChanged,
+            registry_events.DeviceChanged,
+            registry_events.MemberChanged,
+            registry_events.ApiKeyChanged,
+            registry_events.GatewayChanged,
+        ),
+        "artifacts": (artifacts_events.SigningKeyChanged, artifacts_events.BundleChanged),
+        "rollout": (rollout_events.RolloutChanged, rollout_events.AttemptChanged, rollout_events.DeviceReported),
+    }
 
     def __init__(self) -> None:
         self._handlers: dict[type, Callable[[State, Any, Context], Decision]] = {
@@ -112,6 +164,7 @@ class Releases:
             SetManaged: self._set_managed,
             CreateOverride: self._create_override,
             DeleteOverride: self._delete_override,
+            Foreign: _note,
         }
 
     def initial_state(self, partition: int) -> State:  # noqa: ARG002 - all partitions begin empty
@@ -138,6 +191,15 @@ class Releases:
             if payload.deleted:
                 return replace(state, overrides=state.overrides.delete(name))
             return replace(state, overrides=state.overrides.set(name, payload.bundle_override))
+        if isinstance(payload, events.DeviceNoted):
+            device = facts.facts_of_device(payload.device)
+            return replace(state, devices=state.devices.set(device.name, device))
+        if isinstance(payload, events.BundleNoted):
+            bundle = facts.facts_of_bundle(payload.bundle)
+            return replace(state, bundles=state.bundles.set(bundle.name, bundle))
+        if isinstance(payload, events.RolloutNoted):
+            plan = facts.facts_of_rollout(payload.rollout)
+            return replace(state, plans=state.plans.set(plan.rollout, plan))
         return state
 
     def _create(self, state: State, command: CreateRelease, ctx: Context) -> Decision:
@@ -146,12 +208,10 @@ class Releases:
         graph = state.graphs.get(cohort, Graph())
         known = graph.get(new.name)
         if known is not None:
-            if new.rollout and all(getattr(known, name) == getattr(new, name) for name in _MANAGED_FIELDS):
+            if new.rollout and same_managed(known, new):
                 return Decision(result=known)
             if new.rollout:
-                raise AlreadyExistsError(
-                    "RELEASE_CONFLICT", f"{new.name} exists and is another release", resource=new.name
-                )
+                raise _conflict(new)
             raise AlreadyExistsError("ALREADY_EXISTS", f"{new.name} exists already", resource=new.name)
         new.uid = ctx.new_uuid("release")
         new.create_time.CopyFrom(_time(ctx.now_ms))
@@ -170,8 +230,6 @@ class Releases:
             )
         if known.rollout:
             raise _managed(known)
-        if known.retracted:
-            raise FailedPreconditionError("RELEASE_RETRACTED", f"{known.name} was retracted", resource=known.name)
         changed = copy_of(known)
         for path in command.paths:
             changed.ClearField(path)  # type: ignore[arg-type]
@@ -181,10 +239,7 @@ class Releases:
             else:
                 setattr(changed, path, getattr(command.release, path))
         check_fields(changed, ctx.now_ms)
-        if changed.next and (is_phased(changed) or is_scheduled(changed, ctx.now_ms)):
-            raise InvalidArgumentError(
-                "ONLY_LATEST_PHASED", "only the latest release is phased or scheduled", field="release"
-            )
+        check_edit(known, changed, ctx.now_ms)
         cohort = parent_of(known.name)
         check_graph(graph.set(changed.name, changed))
         return self._save(graph, cohort, [changed], [], "release.updated", changed, ctx)
@@ -201,7 +256,9 @@ class Releases:
                 resource=known.name,
             )
         changed = remove(graph, known.name)
-        decision = self._save(graph, parent_of(known.name), changed, [known.name], "release.deleted", known, ctx)
+        decision = self._save(
+            graph, parent_of(known.name), changed, [known.name], "release.deleted", known, ctx, command.reason
+        )
         return replace(decision, result=Empty())
 
     def _set_managed(self, state: State, command: SetManaged, ctx: Context) -> Decision:
@@ -231,6 +288,7 @@ class Releases:
         change: str,
         subject: pb.Release,
         ctx: Context,
+        reason: str = "",
     ) -> Decision:
         """One event for all that changes together, and the whole graph for everybody else."""
         etag = str(ctx.version(cohort) + 1)
@@ -241,11 +299,12 @@ class Releases:
         for name in deleted:
             after.pop(name, None)
         private = events.ReleasesSaved(
-            cohort=cohort, releases=changed, deleted=deleted, change=change, subject=subject.name
+            cohort=cohort, releases=changed, deleted=deleted, change=change, subject=subject.name, reason=reason
         )
         public = events.GraphChanged(
             cohort=cohort, releases=[after[name] for name in sorted(after)], change=change, subject=subject.name
         )
+        _check_size(public, f"the graph of {cohort}")
         event = NewEvent(ctx.organization, cohort, private, public=(Public(cohort, public),))
         return Decision((event,), subject)
 
@@ -256,16 +315,21 @@ class Releases:
             raise AlreadyExistsError("ALREADY_EXISTS", f"{override.name} exists already", resource=override.name)
         if not override.HasField("start_time"):
             override.start_time.CopyFrom(_time(ctx.now_ms))
+        check_time(override, "start_time", "bundle_override")
+        check_time(override, "end_time", "bundle_override")
         if override.HasField("end_time") and override.end_time.ToNanoseconds() <= override.start_time.ToNanoseconds():
             raise InvalidArgumentError(
                 "INVALID_FIELD", "end_time must be later than start_time", field="bundle_override.end_time"
             )
         product = product_of(override.name)
-        foreign = [device for device in override.devices if product_of(device) != product]
+        foreign = [device for device in override.devices if not _is_device_of(device, product)]
         if foreign:
             raise InvalidArgumentError(
-                "INVALID_FIELD", f"{foreign[0]} is not of the product", field="bundle_override.devices"
+                "INVALID_FIELD", f"'{foreign[0][:200]}' is not a device of {product}", field="bundle_override.devices"
             )
+        devices = sorted(set(override.devices))
+        del override.devices[:]
+        override.devices.extend(devices)
         override.create_time.CopyFrom(_time(ctx.now_ms))
         return self._save_override(override, "bundle_override.created", ctx)
 
@@ -285,8 +349,30 @@ class Releases:
         override.etag = str(ctx.version(override.name) + 1)
         private = events.BundleOverrideSaved(bundle_override=override, deleted=deleted)
         public = events.BundleOverrideChanged(bundle_override=override, deleted=deleted, change=change)
+        _check_size(public, override.name)
         event = NewEvent(ctx.organization, override.name, private, public=(Public(override.name, public),))
         return Decision((event,), override)
+
+
+def _note(state: State, record: Foreign, ctx: Context) -> Decision:
+    """Take in what dry runs need; a record that changes none of it writes nothing."""
+    payload = record.payload
+    noted: Message | None = None
+    if isinstance(payload, registry_events.DeviceChanged):
+        device = facts.trimmed_device(payload.device)
+        if state.devices.get(device.name) != facts.facts_of_device(device):
+            noted = events.DeviceNoted(device=device)
+    elif isinstance(payload, artifacts_events.BundleChanged):
+        bundle = facts.trimmed_bundle(payload.bundle)
+        if state.bundles.get(bundle.name) != facts.facts_of_bundle(bundle):
+            noted = events.BundleNoted(bundle=bundle)
+    elif isinstance(payload, rollout_events.RolloutChanged):
+        rollout = facts.trimmed_rollout(payload.rollout)
+        if state.plans.get(rollout.name) != facts.facts_of_rollout(rollout):
+            noted = events.RolloutNoted(rollout=rollout)
+    if noted is None:
+        return Decision()
+    return Decision((NewEvent(ctx.organization, record.resource, noted),))
 
 
 def _find(state: State, name: str) -> tuple[Graph, pb.Release]:
@@ -295,6 +381,25 @@ def _find(state: State, name: str) -> tuple[Graph, pb.Release]:
     if known is None:
         raise NotFoundError("RESOURCE_NOT_FOUND", f"{name} does not exist", resource=name)
     return graph, known
+
+
+def _conflict(release: pb.Release) -> AlreadyExistsError:
+    return AlreadyExistsError("RELEASE_CONFLICT", f"{release.name} exists and is another", resource=release.name)
+
+
+def _is_device_of(name: str, product: str) -> bool:
+    rest = name.removeprefix(f"{product}/devices/")
+    return rest != name and bool(rest) and "/" not in rest
+
+
+def _check_size(image: Message, what: str) -> None:
+    if image.ByteSize() > MAX_IMAGE_BYTES:
+        raise ResourceExhaustedError(
+            "QUOTA_EXCEEDED",
+            f"{what} would be larger than {MAX_IMAGE_BYTES} bytes: make it smaller or delete what is not needed",
+            quota="image_bytes",
+            limit=MAX_IMAGE_BYTES,
+        )
 
 
 def _managed(release: pb.Release) -> FailedPreconditionError:

@@ -8,13 +8,24 @@ rollout manages carry neither.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from groundswell.releases.v1 import releases_pb2 as pb
 
 from libs.errors import FailedPreconditionError, InvalidArgumentError
 from libs.resolution import RequirementError, VersionError, check_requirement, parse_version
 
 Releases = Mapping[str, pb.Release]
+
+ALL_PPM: Final = 1_000_000
+MAX_COUNT: Final = 1_000_000_000
+MAX_DESCRIPTION: Final = 256
+MAX_TAGS: Final = 64
+MAX_TAG_LENGTH: Final = 128
+END_OF_TIME_S: Final = 253_402_300_800
+"""The year 10000."""
 
 
 def latest_of(releases: Releases) -> pb.Release | None:
@@ -96,20 +107,40 @@ def check_graph(releases: Releases) -> None:
         raise FailedPreconditionError(
             "GRAPH_WOULD_BREAK", f"exactly one release is the latest, not {len(sinks)}", latest=" ".join(sorted(sinks))
         )
+    before: dict[str, list[str]] = {}
     for release in releases.values():
         if release.next and release.next not in releases:
             raise FailedPreconditionError(
                 "GRAPH_WOULD_BREAK", f"{release.next} is not a release of the cohort", release=release.name
             )
-    # With one sink and every next known, a walk longer than the graph is a cycle.
-    for release in releases.values():
-        at, length = release, 0
-        while at.next:
-            at, length = releases[at.next], length + 1
-            if length > len(releases):
-                raise FailedPreconditionError(
-                    "GRAPH_WOULD_BREAK", f"{release.name} would lead round in a circle", release=release.name
-                )
+        before.setdefault(release.next, []).append(release.name)
+    # With one sink and every next known, what does not lead to the sink leads round in a circle.
+    reached, frontier = set(sinks), list(sinks)
+    while frontier:
+        ahead = before.get(frontier.pop(), [])
+        reached.update(ahead)
+        frontier.extend(ahead)
+    circling = sorted(releases.keys() - reached)
+    if circling:
+        raise FailedPreconditionError(
+            "GRAPH_WOULD_BREAK", f"{circling[0]} would lead round in a circle", release=circling[0]
+        )
+
+
+def check_edit(known: pb.Release, changed: pb.Release, now_ms: int) -> None:
+    """Rules of changing one release."""
+    if changed.next and (is_phased(changed) or is_scheduled(changed, now_ms)):
+        raise InvalidArgumentError(
+            "ONLY_LATEST_PHASED", "only the latest release is phased or scheduled", field="release"
+        )
+    if known.phase.share_ppm == ALL_PPM and known.phase != changed.phase:
+        raise FailedPreconditionError(
+            "PHASE_IS_FINAL", f"{known.name} was opened to 100 %, which is final", resource=known.name
+        )
+    if known.retracted and not changed.disabled:
+        raise FailedPreconditionError(
+            "RELEASE_RETRACTED", f"{known.name} was retracted for good: it stays disabled", resource=known.name
+        )
 
 
 def check_fields(release: pb.Release, now_ms: int) -> None:
@@ -124,19 +155,55 @@ def check_fields(release: pb.Release, now_ms: int) -> None:
             check_requirement(release.version_requirement)
         except RequirementError as error:
             raise InvalidArgumentError("INVALID_FIELD", str(error), field="release.version_requirement") from None
-    phase = release.phase
-    if phase.share_ppm and phase.count:
-        raise InvalidArgumentError("INVALID_FIELD", "a phase has a share or a count, not both", field="release.phase")
+    if len(release.description) > MAX_DESCRIPTION:
+        raise InvalidArgumentError(
+            "INVALID_FIELD", f"a description has at most {MAX_DESCRIPTION} characters", field="release.description"
+        )
+    check_time(release, "schedule_time", "release")
+    if release.HasField("phase"):
+        _check_phase(release.phase)
     if release.rollout and (is_phased(release) or is_scheduled(release, now_ms)):
         raise InvalidArgumentError(
             "INVALID_FIELD", "a release that a rollout manages carries no phase and no schedule", field="release.phase"
         )
 
 
+def _check_phase(phase: pb.Phase) -> None:
+    if not (phase.share_ppm or phase.count or phase.tags):
+        # An empty phase would open the release to everybody, which nobody means who lowers a share to 0.
+        raise InvalidArgumentError(
+            "INVALID_FIELD",
+            "a phase has a share, a count or tags: leave it out to offer to all, disable the release to offer to none",
+            field="release.phase",
+        )
+    if phase.share_ppm and phase.count:
+        raise InvalidArgumentError("INVALID_FIELD", "a phase has a share or a count, not both", field="release.phase")
+    if phase.share_ppm > ALL_PPM:
+        raise InvalidArgumentError(
+            "INVALID_FIELD", f"a share is at most {ALL_PPM} parts per million", field="release.phase.share_ppm"
+        )
+    if phase.count > MAX_COUNT:
+        raise InvalidArgumentError("INVALID_FIELD", f"a count is at most {MAX_COUNT}", field="release.phase.count")
+    if len(phase.tags) > MAX_TAGS or not all(0 < len(tag) <= MAX_TAG_LENGTH for tag in phase.tags):
+        raise InvalidArgumentError(
+            "INVALID_FIELD",
+            f"at most {MAX_TAGS} tags of 1 to {MAX_TAG_LENGTH} characters",
+            field="release.phase.tags",
+        )
+
+
+def check_time(message: Message, path: str, within: str) -> None:
+    """A time that is set must be one: outside of these years nothing can show it."""
+    if message.HasField(path):
+        value: Timestamp = getattr(message, path)
+        if not (0 <= value.seconds < END_OF_TIME_S and 0 <= value.nanos < 1_000_000_000):
+            raise InvalidArgumentError("INVALID_FIELD", "not a time from 1970 to 9999", field=f"{within}.{path}")
+
+
 def is_phased(release: pb.Release) -> bool:
     """Whether not every device of the cohort may take it."""
     phase = release.phase
-    return bool(phase.tags or phase.count or 0 < phase.share_ppm < 1_000_000)
+    return bool(phase.tags or phase.count or 0 < phase.share_ppm < ALL_PPM)
 
 
 def is_scheduled(release: pb.Release, now_ms: int) -> bool:

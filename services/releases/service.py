@@ -3,70 +3,115 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final, Protocol
 
-from groundswell.artifacts.v1 import artifacts_pb2, artifacts_pb2_grpc
-from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
+from google.protobuf.message import Message
+from groundswell.artifacts.v1 import artifacts_pb2
 from groundswell.releases.v1 import releases_pb2 as pb
 from groundswell.releases.v1 import releases_pb2_grpc
 
 from libs.errors import FailedPreconditionError, InvalidArgumentError
 from libs.eventlog import Runtime
-from libs.names import organization_of, parent_of, product_of
+from libs.names import last_segment, organization_of, parent_of, product_of, segment
 from libs.rpc import not_found, page, snapshot_state, submit
 from services.releases import domain
 from services.releases.domain import State
+from services.releases.graph import MAX_DESCRIPTION
+from services.releases.views import resolve_devices
 
 
-class References:
+_CHOSEN: Final = frozenset(
+    {
+        "bundle",
+        "version",
+        "version_requirement",
+        "required",
+        "disabled",
+        "schedule_time",
+        "next",
+        "phase",
+        "description",
+    }
+)
+"""Fields of a new release that its creator chooses; the others are the server's."""
+_OF_ROLLOUT: Final = frozenset(
+    {"name", "bundle", "version", "version_requirement", "security_version", "rollout", "description"}
+)
+
+
+class References(Protocol):
     """Synchronous look-ups of what releases refer to; the caller's read-after tokens go along."""
-
-    def __init__(
-        self,
-        registry: registry_pb2_grpc.RegistryInternalServiceAsyncStub,
-        artifacts: artifacts_pb2_grpc.ArtifactsInternalServiceAsyncStub,
-    ) -> None:
-        self._registry = registry
-        self._artifacts = artifacts
 
     async def check_cohort(self, name: str) -> None:
         """Raises NOT_FOUND."""
-        await self._registry.LookupCohort(registry_pb2.GetCohortRequest(name=name))
 
     async def check_product(self, name: str) -> None:
         """Raises NOT_FOUND."""
-        await self._registry.LookupProduct(registry_pb2.GetProductRequest(name=name))
 
-    async def offerable_bundle(self, name: str, product: str) -> artifacts_pb2.Bundle:
-        """A bundle of the product that may be offered."""
-        if product_of(name) != product:
-            raise InvalidArgumentError(
-                "INVALID_FIELD", f"'{name}' is not a bundle of {product}", field="release.bundle", bundle=name
-            )
-        bundle: artifacts_pb2.Bundle = await self._artifacts.LookupBundle(artifacts_pb2.GetBundleRequest(name=name))
-        if not bundle.offerable:
-            why = bundle.not_offerable_reason or "SIGNATURES_MISSING"
-            raise FailedPreconditionError(
-                "BUNDLE_NOT_OFFERABLE", f"{name} may not be offered: {why}", bundle=name, why=why
-            )
-        return bundle
+    async def bundle(self, name: str) -> artifacts_pb2.Bundle:
+        """Raises NOT_FOUND."""
+
+
+async def offerable_bundle(references: References, name: str, product: str, field: str) -> artifacts_pb2.Bundle:
+    """A bundle of the product that may be offered now."""
+    if product_of(name) != product or segment(name, "bundles") != last_segment(name):
+        raise InvalidArgumentError(
+            "INVALID_FIELD", f"'{name[:200]}' is not a bundle of {product}", field=field, bundle=name[:200]
+        )
+    bundle = await references.bundle(name)
+    if not bundle.offerable:
+        why = bundle.not_offerable_reason or "SIGNATURES_MISSING"
+        raise FailedPreconditionError("BUNDLE_NOT_OFFERABLE", f"{name} may not be offered: {why}", bundle=name, why=why)
+    return bundle
+
+
+def wall_ms() -> int:
+    """Now, in milliseconds since the epoch."""
+    return time.time_ns() // 1_000_000
+
+
+def _copy(source: Message, target: Message, fields: frozenset[str]) -> None:
+    """Copy the named fields that are set."""
+    for field, value in source.ListFields():
+        if field.name not in fields:
+            continue
+        if field.message_type is not None:
+            getattr(target, field.name).CopyFrom(value)
+        else:
+            setattr(target, field.name, value)
+
+
+def _managed_image(wanted: pb.Release) -> pb.Release:
+    """What a rollout may say of its release; it becomes the latest, without phase and schedule."""
+    parts = wanted.name.split("/")
+    if len(parts) != 8 or parts[4::2] != ["cohorts", "releases"] or not all(parts) or not product_of(wanted.name):
+        raise InvalidArgumentError("INVALID_FIELD", f"'{wanted.name[:200]}' is no release name", field="release.name")
+    if segment(wanted.rollout, "rollouts") == "" or product_of(wanted.rollout) != product_of(wanted.name):
+        raise InvalidArgumentError(
+            "INVALID_FIELD", "a managed release names its rollout, of the same product", field="release.rollout"
+        )
+    release = pb.Release()
+    _copy(wanted, release, _OF_ROLLOUT)
+    release.description = release.description[:MAX_DESCRIPTION]
+    return release
 
 
 class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
-    """Public API. ``ResolveDevices`` is not there yet and answers UNIMPLEMENTED."""
+    """Public API."""
 
-    def __init__(self, runtime: Runtime[State], references: References) -> None:
+    def __init__(self, runtime: Runtime[State], references: References, now_ms: Callable[[], int] = wall_ms) -> None:
         self._runtime = runtime
         self._references = references
+        self._now_ms = now_ms
 
     async def CreateRelease(self, request: Any, context: Any) -> pb.Release:
         name = f"{request.parent}/releases/{request.release_id}"
         await self._references.check_cohort(request.parent)
-        bundle = await self._references.offerable_bundle(request.release.bundle, product_of(request.parent))
-        release = pb.Release()
-        release.CopyFrom(request.release)
-        release.name, release.security_version = name, bundle.security_version
-        release.rollout, release.retracted = "", False
+        product = product_of(request.parent)
+        bundle = await offerable_bundle(self._references, request.release.bundle, product, "release.bundle")
+        release = pb.Release(name=name, security_version=bundle.security_version)
+        _copy(request.release, release, _CHOSEN)
         command = domain.CreateRelease(release, request.previous)
         created: pb.Release = await submit(self._runtime, organization_of(name), command, request, context)
         return created
@@ -97,7 +142,8 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
 
     async def CreateBundleOverride(self, request: Any, context: Any) -> pb.BundleOverride:
         await self._references.check_product(request.parent)
-        await self._references.offerable_bundle(request.bundle_override.bundle, request.parent)
+        bundle = request.bundle_override.bundle
+        await offerable_bundle(self._references, bundle, request.parent, "bundle_override.bundle")
         override = pb.BundleOverride()
         override.CopyFrom(request.bundle_override)
         override.name = f"{request.parent}/bundleOverrides/{request.bundle_override_id}"
@@ -122,27 +168,37 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         command = domain.DeleteOverride(request.name, request.etag)
         return await submit(self._runtime, organization_of(request.name), command, request, context)
 
-    async def ResolveDevices(self, request: Any, context: Any) -> Any:
-        raise NotImplementedError
+    async def ResolveDevices(self, request: Any, context: Any) -> pb.ResolveDevicesResponse:
+        state = snapshot_state(self._runtime, request.parent)
+        found = resolve_devices(state, request.parent, request.devices, self._now_ms())
+        return pb.ResolveDevicesResponse(resolutions=found)
 
 
 class ReleasesInternalServicer(releases_pb2_grpc.ReleasesInternalServiceServicer):
     """What the rollout service asks."""
 
-    def __init__(self, runtime: Runtime[State], references: References) -> None:
+    def __init__(self, runtime: Runtime[State], references: References, now_ms: Callable[[], int] = wall_ms) -> None:
         self._runtime = runtime
         self._references = references
+        self._now_ms = now_ms
 
     async def CreateManagedRelease(self, request: Any, context: Any) -> pb.Release:
-        release: pb.Release = request.release
+        release = _managed_image(request.release)
         cohort = parent_of(release.name)
-        if not release.rollout:
-            raise InvalidArgumentError("INVALID_FIELD", "a managed release names its rollout", field="release.rollout")
-        await self._references.check_cohort(cohort)
+        known = snapshot_state(self._runtime, release.name).graphs.get(cohort, {}).get(release.name)
+        if known is None:
+            # What exists is answered from the log, whatever has become of its bundle since.
+            await self._references.check_cohort(cohort)
+            bundle = await offerable_bundle(self._references, release.bundle, product_of(cohort), "release.bundle")
+            if bundle.security_version != release.security_version:
+                raise InvalidArgumentError(
+                    "INVALID_FIELD",
+                    f"{bundle.name} has security version {bundle.security_version}, not {release.security_version}",
+                    field="release.security_version",
+                )
         if request.validate_only:
-            await self._references.offerable_bundle(release.bundle, product_of(cohort))
             state = snapshot_state(self._runtime, release.name)
-            domain.validate_managed(state, release, time.time_ns() // 1_000_000)
+            domain.validate_managed(state, release, self._now_ms())
             return release
         command = domain.CreateRelease(release)
         created: pb.Release = await submit(self._runtime, organization_of(release.name), command, request, context)
