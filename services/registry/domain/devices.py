@@ -197,4 +197,5 @@ def reported(state: State, record: Foreign, ctx: Context, _quotas: Quotas) -> De
         return Decision()
     device = _copy(current)
     device.reported.CopyFrom(payload.running)
-    return _saved(device, "device.release_changed", ctx)
+    # Under no webhook type of its own: rollout has published `device.release_changed` with what ran before.
+    return _saved(device, "", ctx)
