@@ -9,7 +9,10 @@ from typing import Any
 
 def to_canonical(value: object) -> bytes:
     """The one spelling of a value. Raises ValueError for what JSON cannot hold (NaN, infinities)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def parse_strict(text: str | bytes) -> Any:
