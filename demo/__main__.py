@@ -307,7 +307,8 @@ class Demo:
             if time.monotonic() > give_up:
                 raise DemoError(f"rollout {rollout_id} did not end within {timeout_s:.0f} s: {shown}")
             reader.join(0.2)
-        return self.operator("get", f"{self.product}/rollouts/{rollout_id}")
+        ended: dict[str, Any] = self.operator("get", f"{self.product}/rollouts/{rollout_id}")
+        return ended
 
     def _stages(self, production_cap: int, canary_cap: int) -> list[dict[str, Any]]:
         scale = self.scale

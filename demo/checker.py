@@ -315,15 +315,14 @@ def check_idle(logs: Logs, organization: str, allowed: set[str]) -> Check:
 
 def expected_webhooks(logs: Logs, organization: str, since_ms: int) -> dict[str, str]:
     """Event id → type of all public events of the organization decided after a time, in milliseconds."""
-    events: dict[str, str] = {}
-    for entries in logs.public.values():
-        for entry in entries:
-            if entry.envelope.organization != organization or entry.envelope.occurred_at_ms < since_ms:
-                continue
-            change = getattr(entry.message(), "change", "")
-            if change and not change.startswith("webhook."):
-                events[entry.envelope.event_id] = change
-    return events
+    entries = (
+        entry
+        for log in logs.public.values()
+        for entry in log
+        if entry.envelope.organization == organization and entry.envelope.occurred_at_ms >= since_ms
+    )
+    changes = ((entry.envelope.event_id, getattr(entry.message(), "change", "")) for entry in entries)
+    return {event: change for event, change in changes if change and not change.startswith("webhook.")}
 
 
 async def run(bootstrap: str, env: str, expect: dict[str, Any]) -> dict[str, Any]:
@@ -331,8 +330,8 @@ async def run(bootstrap: str, env: str, expect: dict[str, Any]) -> dict[str, Any
     logs = await read_logs(bootstrap, env)
     checks = [check_audit_chain(logs), *check_rollouts(logs, expect)]
     checks.append(check_commands(logs, expect.get("request_ids", [])))
-    for organization in expect.get("idle_organizations", []):
-        checks.append(check_idle(logs, organization, set(expect["idle_allowed_events"])))
+    allowed = set(expect.get("idle_allowed_events", []))
+    checks.extend(check_idle(logs, organization, allowed) for organization in expect.get("idle_organizations", []))
     webhooks = expect.get("webhooks", {})
     return {
         "checks": [{"name": check.name, "holds": check.holds, "detail": check.detail} for check in checks],

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 import grpc
-from google.protobuf.message import Message
 from groundswell.artifacts.v1 import artifacts_pb2_grpc
 from groundswell.audit.v1 import audit_pb2_grpc
 from groundswell.pki.v1 import pki_pb2_grpc
@@ -39,7 +38,7 @@ class _CallDetails(NamedTuple):
     compression: grpc.Compression | None
 
 
-class _CallDetailsBase(_CallDetails, grpc.ClientCallDetails):  # type: ignore[misc]  # grpc's class has no slots of its own
+class _CallDetailsBase(_CallDetails, grpc.ClientCallDetails):  # type: ignore[misc,unused-ignore]
     pass
 
 
@@ -74,7 +73,7 @@ class Tokens:
             self._tokens.clear()
 
 
-class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc,unused-ignore]
     def __init__(
         self,
         api_key: str,
@@ -95,10 +94,11 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
         metadata.extend(self._tokens.headers())
         return _CallDetailsBase(details.method, timeout, metadata, details.credentials, details.wait_for_ready, None)
 
-    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Message) -> Any:
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         """One logical call: the same request id however often it is sent."""
-        if "request_id" in request.DESCRIPTOR.fields_by_name and not getattr(request, "request_id"):  # noqa: B009
-            request.request_id = str(uuid.uuid4())  # type: ignore[attr-defined]
+        is_command = "request_id" in request.DESCRIPTOR.fields_by_name
+        if is_command and not request.request_id:
+            request.request_id = str(uuid.uuid4())
         timeout = client_call_details.timeout or self._timeout_s
         give_up = time.monotonic() + self._retry_budget_s
         delay, reset = 0.1, False
@@ -118,11 +118,11 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
                 delay = min(delay * 2, 2.0)
                 continue
             self._tokens.record(call.trailing_metadata())
-            if self._on_acknowledged is not None and getattr(request, "request_id", ""):
-                self._on_acknowledged(client_call_details.method, request.request_id)  # type: ignore[attr-defined]
+            if self._on_acknowledged is not None and is_command:
+                self._on_acknowledged(client_call_details.method, request.request_id)
             return call
 
-    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Message) -> Any:
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         """A stream has no deadline unless the caller gives one; errors are raised by ``Client.stream``."""
         return continuation(self._details(client_call_details, client_call_details.timeout), request)
 

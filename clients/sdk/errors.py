@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
@@ -35,11 +36,14 @@ class ApiError(Exception):
 
 def from_rpc_error(error: grpc.RpcError) -> ApiError:
     """The error with its ``google.rpc`` details unpacked."""
-    code = error.code().name if isinstance(error, grpc.Call) else "UNKNOWN"
-    message = (error.details() or "") if isinstance(error, grpc.Call) else str(error)
-    reason, metadata, fields = "", {}, {}
+    # Every error of a call is a Call too, but its type does not say so.
+    call: Any = error
+    code, message = call.code().name, call.details() or ""
+    reason = ""
+    metadata: dict[str, str] = {}
+    fields: dict[str, str] = {}
     retry_after: float | None = None
-    status = rpc_status.from_call(error) if isinstance(error, grpc.Call) else None
+    status = rpc_status.from_call(call)
     for detail in status.details if status else ():
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo()

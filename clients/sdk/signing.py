@@ -12,6 +12,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from groundswell.artifacts.v1 import artifacts_pb2
+
 from libs.trust.signatures import key_id
 from libs.trust.statement import Statement, StatementBinary
 

@@ -47,7 +47,8 @@ class Upload:
 
 def digest_parts(path: Path, part_size: int, progress: Progress) -> tuple[str, list[artifacts_pb2.UploadPart]]:
     """SHA-256 of the file and of each part, in one reading."""
-    whole, parts, done, size = hashlib.sha256(), [], 0, path.stat().st_size
+    whole, done, size = hashlib.sha256(), 0, path.stat().st_size
+    parts: list[artifacts_pb2.UploadPart] = []
     for chunk in _chunks(path, part_size):
         whole.update(chunk)
         digest = hashlib.sha256(chunk).hexdigest()

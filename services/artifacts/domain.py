@@ -1,9 +1,10 @@
 """The artifacts service's rules, pure.
 
 A binary's life: UPLOADABLE → HASHABLE → HASHING → SIGNABLE → SIGNED. Only the server's own hash of the bytes in the
-store leads to SIGNABLE; a difference leads back to UPLOADABLE with the reason, and the bytes are forgotten. Signed content never
-changes. A bundle is offerable while enough distinct, unrevoked keys have signed its statement: signatures are verified
-when they are attached, and counted again whenever a key is revoked or the product's policy changes.
+store leads to SIGNABLE; a difference leads back to UPLOADABLE with the reason, and the bytes are forgotten. Signed
+content never changes. A bundle is offerable while enough distinct, unrevoked keys have signed its statement:
+signatures are verified when they are attached, and counted again whenever a key is revoked or the product's policy
+changes.
 """
 
 from __future__ import annotations
@@ -451,7 +452,7 @@ def _refuse_existing(name: str, held: Mapping[str, object]) -> None:
         raise AlreadyExistsError("ALREADY_EXISTS", f"{name} exists already", resource=name)
 
 
-def _in_state(state: State, name: str, wanted: pb.Binary.State) -> pb.Binary:
+def _in_state(state: State, name: str, wanted: pb.Binary.State.ValueType) -> pb.Binary:
     binary = _find(name, state.binaries)
     if binary.state != wanted:
         raise _wrong_state(binary, B.State.Name(wanted).removeprefix("STATE_"))

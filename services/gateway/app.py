@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from groundswell.pki.v1 import pki_pb2_grpc
 from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
 from groundswell.rollout.v1 import rollout_pb2_grpc
+
 from libs.blobs import BlobStore
 from libs.blobs.s3 import S3BlobStore
-
 from libs.checkins import CheckInSigner
 from libs.checkins.producer import KafkaCheckInProducer, checkin_topic
 from libs.eventlog import Deadline

@@ -77,7 +77,7 @@ def ca_register(
     state.output.one(state.client.pki.RegisterCaCertificate(request))
 
 
-def _set_state(context: typer.Context, name: str, wanted: pki_pb2.CaCertificate.State) -> None:
+def _set_state(context: typer.Context, name: str, wanted: pki_pb2.CaCertificate.State.ValueType) -> None:
     state = session(context)
     full = state.name_in_product("caCertificates", name)
     request = pki_pb2.UpdateCaCertificateRequest(

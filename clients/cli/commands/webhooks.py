@@ -39,7 +39,7 @@ def webhook_create(
     state.output.one(state.client.webhooks.CreateWebhookEndpoint(request))
 
 
-def _set_state(context: typer.Context, name: str, wanted: webhooks_pb2.WebhookEndpoint.State) -> None:
+def _set_state(context: typer.Context, name: str, wanted: webhooks_pb2.WebhookEndpoint.State.ValueType) -> None:
     state = session(context)
     full = state.name_in_organization("webhookEndpoints", name)
     request = webhooks_pb2.UpdateWebhookEndpointRequest(
