@@ -313,7 +313,9 @@ class Runtime(Generic[S]):
                 return await self._forward(address, command, deadline)
             raise self._not_leader(partition, address)
         work: CommandWork[S] = CommandWork(command)
-        return await self._await(leadership, work, deadline)
+        self._enqueue(leadership, work, deadline)
+        outcome, token = await work.done
+        return Committed(outcome.result, token, outcome.replayed)
 
     async def barrier(self, organization: str, deadline: Deadline) -> Token:
         """Strong read: when it returns, the committed view of this leader holds all that was acknowledged before."""
@@ -322,9 +324,10 @@ class Runtime(Generic[S]):
         if leadership is None:
             raise self._not_leader(partition, self._foreign_leader(partition))
         work: BeatWork[S] = BeatWork()
-        return (await self._await(leadership, work, deadline)).token
+        self._enqueue(leadership, work, deadline)
+        return (await work.done)[1]
 
-    async def _await(self, leadership: Leadership[S], work: Work[S], deadline: Deadline) -> Committed:
+    def _enqueue(self, leadership: Leadership[S], work: Work[S], deadline: Deadline) -> None:
         if deadline.expired:
             raise UnavailableError("DEADLINE_EXCEEDED", "the deadline had passed before the request was taken up")
         leadership.enqueue(work)
@@ -332,8 +335,6 @@ class Runtime(Generic[S]):
         if not self._sweeping:
             self._sweeping = True
             asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
-        outcome, token = await work.done
-        return Committed(outcome.result, token, outcome.replayed)
 
     def _sweep(self) -> None:
         """Keep all callers' deadlines with one timer: one for each would cost as much as deciding."""
