@@ -1,4 +1,9 @@
-"""Firmware in an object store. A content key is never overwritten, and a key once deleted is never written again."""
+"""Firmware in an object store: a port, an S3 adapter (:mod:`libs.blobs.s3`), a fake for unit tests.
+
+A content key is never overwritten, and a key once deleted is never written again. Uploads go straight to the store by
+links that bind each part's SHA-256. What the store says about content is not believed: whoever needs a digest streams
+the whole object. All methods may be called again after an unknown outcome.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +23,10 @@ class BlobNotFoundError(BlobStoreError):
     """No such key or upload."""
 
 
+class StoreUnfitError(BlobStoreError):
+    """The store breaks a promise on which integrity rests: no service starts on it."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredPart:
     """A part as the store holds it."""
@@ -25,6 +34,8 @@ class StoredPart:
     index: int
     size: int
     etag: str
+    sha256: str = ""
+    """Lowercase hex; empty when the store does not tell."""
 
 
 def content_key(sha256: str, generation: int = GENERATION) -> str:
@@ -36,7 +47,7 @@ class BlobStore(Protocol):
     """What the services need of an object store."""
 
     async def create_upload(self, key: str) -> str:
-        """Open a multipart upload; its id."""
+        """Id of the key's multipart upload; one that is open already is found again, not doubled."""
 
     async def presign_part(
         self, key: str, upload_id: str, index: int, sha256: str, expires_s: int
@@ -44,10 +55,10 @@ class BlobStore(Protocol):
         """URL and headers of a PUT that the store accepts only with a body of that digest."""
 
     async def list_parts(self, key: str, upload_id: str) -> Sequence[StoredPart]:
-        """Parts that are there, in order. Raises BlobNotFoundError when the upload is gone."""
+        """Parts that are there, in order. When the upload is gone: BlobNotFoundError, or none, as the store likes."""
 
     async def complete(self, key: str, upload_id: str, parts: Sequence[StoredPart]) -> None:
-        """Make the object from its parts."""
+        """Make the object from its parts, create-only: a repeat leaves what is there."""
 
     async def abort(self, key: str, upload_id: str) -> None:
         """Drop an upload; one that is gone is fine."""
@@ -58,6 +69,9 @@ class BlobStore(Protocol):
     def stream(self, key: str) -> AsyncIterator[bytes]:
         """Content in chunks. Raises BlobNotFoundError."""
 
+    async def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write a small object; False, and nothing written, when the key exists."""
+
     async def promote(self, source: str, target: str) -> None:
         """Copy to a key that is written at most once; an existing target is left alone."""
 
@@ -66,3 +80,6 @@ class BlobStore(Protocol):
 
     async def presign_get(self, key: str, expires_s: int) -> str:
         """Link for a device or operator, on the public endpoint."""
+
+    async def self_test(self) -> None:
+        """Raises StoreUnfitError, one clear line, when the store keeps less than it must promise."""

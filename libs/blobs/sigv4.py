@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import quote, urlsplit
 
@@ -19,7 +19,7 @@ class Credentials:
     """An access key of a region."""
 
     access_key: str
-    secret_key: str
+    secret_key: str = field(repr=False)
     region: str
 
 
