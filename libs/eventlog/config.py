@@ -47,7 +47,7 @@ class RuntimeConfig:
     max_batch_s: float = 0.025
     """Deciding stops for a batch after this long, so that slow decisions do not hold the quick ones' answers."""
     max_queue: int = 20_000
-    max_record_bytes: int = 1_000_000
+    max_record_bytes: int = 900_000
     read_back_s: float = 15.0
     """A committed batch that the own tail has not applied by then counts as of unknown outcome."""
     max_clock_difference_s: float = 2.0

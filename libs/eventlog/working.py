@@ -192,9 +192,14 @@ class Working(Generic[S]):
     def take(self, decision: Decision, origin: Asker) -> None:
         """Add a command's decision."""
         domain, encoded = self._evolve(decision.events, origin)
+        answering = self._answering(decision.events, origin)
+        if origin.request_id and decision.result is not None:
+            # The answer travels with that event. Too large a record would be refused by the broker, for ever.
+            size = decision.result.ByteSize() + (len(encoded[answering][1]) if answering >= 0 else 0)
+            if size > self._writer.max_record_bytes:
+                raise InternalError("RECORD_TOO_LARGE", f"an event with its answer has {size} bytes")
         planned = self._runtime_events(decision, origin)
         self.domain = domain
-        answering = self._answering(decision.events, origin)
         for index, (event, (version, value, public_values)) in enumerate(zip(decision.events, encoded, strict=True)):
             self._own.versions[event.resource] = version
             if public_values:

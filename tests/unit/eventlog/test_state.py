@@ -193,6 +193,15 @@ def test_impossible_decisions_leave_no_trace(decision: Decision) -> None:
     assert working.domain == SCHEMA.domain.initial_state(HOME)
 
 
+def test_an_answer_too_large_to_be_remembered_is_refused() -> None:
+    working = Working(SCHEMA, claimed(), writer(), 1000)
+    decision = Decision(put("a").events, StringValue(value="x" * 2000))
+    with pytest.raises(InternalError, match="RECORD_TOO_LARGE"):
+        working.take(decision, Origin("acme", "key", "r1"))
+    assert working.records == []
+    working.take(decision, ORIGIN)  # without a request id the answer is not stored
+
+
 def test_the_answer_is_remembered_under_the_commands_organization() -> None:
     state = claimed()
     working = Working(SCHEMA, state, writer(), 1000)
