@@ -1,0 +1,1 @@
+"""Benchmarks: each prints one line, a ratio to a bare baseline that runs beside it."""
