@@ -20,7 +20,6 @@ from services.releases.domain import State
 from services.releases.graph import MAX_DESCRIPTION
 from services.releases.views import resolve_devices
 
-
 _CHOSEN: Final = frozenset(
     {
         "bundle",
@@ -185,8 +184,8 @@ class ReleasesInternalServicer(releases_pb2_grpc.ReleasesInternalServiceServicer
     async def CreateManagedRelease(self, request: Any, context: Any) -> pb.Release:
         release = _managed_image(request.release)
         cohort = parent_of(release.name)
-        known = snapshot_state(self._runtime, release.name).graphs.get(cohort, {}).get(release.name)
-        if known is None:
+        graph = snapshot_state(self._runtime, release.name).graphs.get(cohort)
+        if graph is None or release.name not in graph:
             # What exists is answered from the log, whatever has become of its bundle since.
             await self._references.check_cohort(cohort)
             bundle = await offerable_bundle(self._references, release.bundle, product_of(cohort), "release.bundle")
