@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from groundswell.artifacts.v1 import artifacts_pb2_grpc as grpc_api
+import grpc
+from groundswell.artifacts.v1 import artifacts_pb2_grpc as pb_grpc
 from groundswell.registry.v1 import registry_pb2_grpc
 
 from libs.blobs.s3 import S3BlobStore
@@ -14,26 +15,38 @@ from libs.settings import Settings
 from services.artifacts.domain import Artifacts
 from services.artifacts.service import ArtifactsInternalServicer, ArtifactsServicer
 from services.artifacts.state import State
-from services.artifacts.tasks import HashTask
+from services.artifacts.tasks import ArtifactsTasks
+
+
+class _Connection:
+    """A channel: opened on first use, closed last."""
+
+    def __init__(self, opened: grpc.aio.Channel) -> None:
+        self._channel = opened
+
+    async def start(self) -> None:
+        """It connects when it is needed."""
+
+    async def stop(self) -> None:
+        await self._channel.close()
 
 
 async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer:
-    """The artifacts service, ready to start."""
+    """Everything, wired; nothing is started yet."""
     log = log or KafkaLog(settings.kafka)
-    config = RuntimeConfig(
-        env=settings.env, partitions=settings.partitions, address=settings.address("artifacts", "internal")
-    )
     blobs = S3BlobStore.from_settings(settings)
-    runtime: Runtime[State] = Runtime(Artifacts(), log, config, {"hash": HashTask(blobs)})
-    registry = registry_pb2_grpc.RegistryInternalServiceStub(channel(settings, "registry", identity="artifacts"))
+    config = RuntimeConfig(env=settings.env, partitions=settings.partitions, address=settings.artifacts_internal)
+    runtime: Runtime[State] = Runtime(Artifacts(), log, config, ArtifactsTasks(blobs).handlers())
+    to_registry = channel(settings, "registry", identity="artifacts")
+    registry = registry_pb2_grpc.RegistryInternalServiceStub(to_registry)
     directory = AccessDirectory(log, settings, registry)
     return RpcServer(
         settings,
         "artifacts",
         runtime,
         log,
-        public=[(grpc_api.add_ArtifactsServiceServicer_to_server, ArtifactsServicer(runtime, registry, blobs))],
-        internal=[(grpc_api.add_ArtifactsInternalServiceServicer_to_server, ArtifactsInternalServicer(runtime))],
+        public=[(pb_grpc.add_ArtifactsServiceServicer_to_server, ArtifactsServicer(runtime, registry, blobs))],
+        internal=[(pb_grpc.add_ArtifactsInternalServiceServicer_to_server, ArtifactsInternalServicer(runtime))],
         directory=directory,
-        parts=[blobs, directory],
+        parts=[_Connection(to_registry), blobs, directory],
     )

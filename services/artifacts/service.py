@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
-from typing import Any, Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from groundswell.artifacts.v1 import artifacts_pb2 as pb
 from groundswell.artifacts.v1 import artifacts_pb2_grpc
 from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
 
 from libs.blobs import BlobNotFoundError, BlobStore, BlobStoreError, StoredPart
-from libs.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from libs.errors import FailedPreconditionError, UnavailableError
 from libs.eventlog import Runtime
 from libs.names import organization_of, product_of
 from libs.rpc import not_found, page, snapshot_state, submit
-from services.artifacts import state as commands
-from services.artifacts.state import State, Upload
+from services.artifacts import commands
+from services.artifacts.rules import wrong_state
+from services.artifacts.state import Shelves, State, Upload, find, shelf, upload_of
+
+log = logging.getLogger(__name__)
 
 LINK_LIFE_S: Final = 900
 MIN_PART: Final = 5 * 1024 * 1024
 B = pb.Binary
+M = TypeVar("M", bound=Message)
 
 
 class ArtifactsServicer(artifacts_pb2_grpc.ArtifactsServiceServicer):
@@ -40,17 +48,11 @@ class ArtifactsServicer(artifacts_pb2_grpc.ArtifactsServiceServicer):
     async def _product(self, name: str) -> registry_pb2.Product:
         return await self._registry.LookupProduct(registry_pb2.GetProductRequest(name=name))
 
-    def _get(self, attribute: str, name: str) -> Any:
-        found = getattr(snapshot_state(self._runtime, name), attribute).get(name)
-        if found is None:
-            raise not_found(name)
-        return found
+    def _state(self, name: str) -> State:
+        return snapshot_state(self._runtime, name)
 
-    def _list(self, attribute: str, collection: str, request: Any) -> tuple[list[Any], str]:
-        held = getattr(snapshot_state(self._runtime, request.parent), attribute)
-        prefix = f"{request.parent}/{collection}/"
-        items = ((n, item) for n, item in held.items() if n.startswith(prefix) and "/" not in n[len(prefix) :])
-        return page(items, request)
+    async def _required(self, product: str) -> int:
+        return max(1, (await self._product(product)).policy.required_signatures)
 
     async def _submit(self, name: str, command: object, request: Any, context: Any) -> Any:
         return await submit(self._runtime, organization_of(name), command, request, context)
@@ -62,10 +64,10 @@ class ArtifactsServicer(artifacts_pb2_grpc.ArtifactsServiceServicer):
         return await self._submit(name, commands.CreateSigningKey(key), request, context)
 
     async def GetSigningKey(self, request: Any, context: Any) -> Any:
-        return self._get("signing_keys", request.name)
+        return _found(self._state(request.name).signing_keys, request.name)
 
     async def ListSigningKeys(self, request: Any, context: Any) -> Any:
-        found, token = self._list("signing_keys", "signingKeys", request)
+        found, token = _page(self._state(request.parent).signing_keys, "signingKeys", request)
         return pb.ListSigningKeysResponse(signing_keys=found, next_page_token=token)
 
     async def RevokeSigningKey(self, request: Any, context: Any) -> Any:
@@ -83,10 +85,10 @@ class ArtifactsServicer(artifacts_pb2_grpc.ArtifactsServiceServicer):
         return await self._submit(name, commands.CreateArtifact(artifact), request, context)
 
     async def GetArtifact(self, request: Any, context: Any) -> Any:
-        return self._get("artifacts", request.name)
+        return _found(self._state(request.name).artifacts, request.name)
 
     async def ListArtifacts(self, request: Any, context: Any) -> Any:
-        found, token = self._list("artifacts", "artifacts", request)
+        found, token = _page(self._state(request.parent).artifacts, "artifacts", request)
         return pb.ListArtifactsResponse(artifacts=found, next_page_token=token)
 
     async def CreateArtifactVersion(self, request: Any, context: Any) -> Any:
@@ -99,10 +101,10 @@ class ArtifactsServicer(artifacts_pb2_grpc.ArtifactsServiceServicer):
         return await self._submit(name, commands.CreateVersion(version), request, context)
 
     async def GetArtifactVersion(self, request: Any, context: Any) -> Any:
-        return self._get("versions", request.name)
+        return _found(self._state(request.name).versions, request.name)
 
     async def ListArtifactVersions(self, request: Any, context: Any) -> Any:
-        found, token = self._list("versions", "versions", request)
+        found, token = _page(self._state(request.parent).versions, "versions", request)
         return pb.ListArtifactVersionsResponse(artifact_versions=found, next_page_token=token)
 
     async def CreateBinary(self, request: Any, context: Any) -> Any:
@@ -118,88 +120,94 @@ class ArtifactsServicer(artifacts_pb2_grpc.ArtifactsServiceServicer):
         return await self._submit(name, commands.CreateBinary(binary), request, context)
 
     async def GetBinary(self, request: Any, context: Any) -> Any:
-        return self._get("binaries", request.name)
+        return _found(self._state(request.name).binaries, request.name)
 
     async def ListBinaries(self, request: Any, context: Any) -> Any:
-        found, token = self._list("binaries", "binaries", request)
+        found, token = _page(self._state(request.parent).binaries, "binaries", request)
         return pb.ListBinariesResponse(binaries=found, next_page_token=token)
 
     async def PresignParts(self, request: Any, context: Any) -> Any:
-        binary = self._get("binaries", request.name)
+        binary = _found(self._state(request.name).binaries, request.name)
         if binary.state != B.STATE_UPLOADABLE:
-            raise FailedPreconditionError("WRONG_STATE", f"{binary.name} takes no parts any more", resource=binary.name)
-        upload = await self._open_upload(binary, request, context)
-        stored = {part.index: part for part in await self._parts(upload)}
+            raise wrong_state(binary, "UPLOADABLE")
         answer = pb.PresignPartsResponse()
-        for part in request.parts:
-            known = stored.get(part.index)
-            # The store keeps no SHA-256 of a part we could trust; same index and size means the part that the
-            # link's signed checksum admitted. The whole object is hashed before anything rests on it.
-            if known is not None and known.size == part.size:
-                answer.parts.add(index=part.index, stored=True)
-                continue
-            url, headers = await self._blobs.presign_part(
-                upload.staging_key, upload.upload_id, part.index, part.sha256, LINK_LIFE_S
-            )
-            answer.parts.add(index=part.index, url=url, headers=dict(headers))
+        with _store_answers():
+            upload, stored = await self._open_upload(binary, request, context)
+            for part in request.parts:
+                if stored is None or _is_stored(stored.get(part.index), part):
+                    answer.parts.add(index=part.index, stored=True)
+                    continue
+                url, headers = await self._blobs.presign_part(
+                    upload.staging_key, upload.upload_id, part.index, part.sha256, LINK_LIFE_S
+                )
+                answer.parts.add(index=part.index, url=url, headers=dict(headers))
         answer.expire_time.CopyFrom(_in(LINK_LIFE_S))
         return answer
 
-    async def _open_upload(self, binary: pb.Binary, request: Any, context: Any) -> Upload:
-        """The binary's upload, opened in the store when it has none; a lost race drops its own."""
-        state = snapshot_state(self._runtime, binary.name)
-        known = state.uploads.get(binary.name, Upload())
-        if known.upload_id:
-            return known
-        staging_key = f"staging/{uuid.uuid4().hex}"
-        try:
-            upload_id = await self._blobs.create_upload(staging_key)
-        except BlobStoreError as error:
-            raise _store_unavailable(error) from error
-        command = commands.OpenUpload(binary.name, staging_key, upload_id)
-        await self._submit(binary.name, command, request, context)
-        opened = snapshot_state(self._runtime, binary.name).uploads[binary.name]
-        if opened.upload_id != upload_id:
-            await self._blobs.abort(staging_key, upload_id)
-        return opened
+    async def _open_upload(
+        self, binary: pb.Binary, request: Any, context: Any
+    ) -> tuple[Upload, dict[int, StoredPart] | None]:
+        """The binary's upload with its parts' sizes, or None for the object made of them when that is there already.
 
-    async def _parts(self, upload: Upload) -> list[StoredPart]:
-        try:
-            return list(await self._blobs.list_parts(upload.staging_key, upload.upload_id))
-        except BlobStoreError as error:
-            raise _store_unavailable(error) from error
+        It is opened when there is none, or the store has lost it; of several opened at once the first recorded counts.
+        """
+        known = upload_of(self._state(binary.name), binary.name)
+        if known.upload_id:
+            try:
+                parts = await self._blobs.list_parts(known.staging_key, known.upload_id)
+            except BlobNotFoundError:
+                if await self._blobs.size(known.staging_key) == binary.size:
+                    return known, None
+                await self._submit(binary.name, commands.ForgetUpload(binary.name, known.upload_id), request, context)
+            else:
+                if not parts and await self._blobs.size(known.staging_key) == binary.size:
+                    return known, None
+                return known, {part.index: part for part in parts}
+        staging_key = f"staging/{uuid.uuid4()}"
+        upload_id = await self._blobs.create_upload(staging_key)
+        await self._submit(binary.name, commands.OpenUpload(binary.name, staging_key, upload_id), request, context)
+        opened = upload_of(self._state(binary.name), binary.name)
+        if opened.upload_id == upload_id:
+            return opened, {}
+        await self._blobs.abort(staging_key, upload_id)
+        if not opened.upload_id:
+            raise UnavailableError("UPLOAD_CHANGED", "the upload has just been given up: ask again", retry_after_s=0.2)
+        parts = await self._blobs.list_parts(opened.staging_key, opened.upload_id)
+        return opened, {part.index: part for part in parts}
 
     async def CompleteUpload(self, request: Any, context: Any) -> Any:
-        binary = self._get("binaries", request.name)
-        upload = snapshot_state(self._runtime, request.name).uploads.get(request.name, Upload())
+        state = self._state(request.name)
+        binary, upload = _found(state.binaries, request.name), upload_of(state, request.name)
         if binary.state == B.STATE_UPLOADABLE:
-            if not upload.upload_id:
-                raise FailedPreconditionError(
-                    "PARTS_MISSING", "no part was uploaded yet: ask for links with PresignParts", resource=binary.name
-                )
-            await self._complete(binary, upload, request)
-        return await self._submit(request.name, commands.UploadCompleted(request.name), request, context)
+            with _store_answers():
+                await self._complete(binary, upload, request)
+        command = commands.UploadCompleted(request.name, upload.upload_id)
+        return await self._submit(request.name, command, request, context)
 
     async def _complete(self, binary: pb.Binary, upload: Upload, request: Any) -> None:
-        """Check against what the store holds, then make the object; a repeat after a lost answer finds it made."""
-        try:
-            stored = {part.index: part for part in await self._blobs.list_parts(upload.staging_key, upload.upload_id)}
-        except BlobNotFoundError as error:
-            if await self._blobs.size(upload.staging_key) == binary.size:
-                return
-            raise FailedPreconditionError(
-                "PARTS_MISSING", "the upload is gone from the store: upload the file again", resource=binary.name
-            ) from error
-        except BlobStoreError as error:
-            raise _store_unavailable(error) from error
+        """Check against what the store holds, then make the object; a repeat after a lost answer finds it made.
+
+        A store says of an upload that was completed either that it does not exist, or that it has no parts.
+        """
+        stored = await self._parts(upload)
+        if not stored and upload.upload_id and await self._blobs.size(upload.staging_key) == binary.size:
+            return
         _check_parts(binary, request.parts, stored)
         try:
             await self._blobs.complete(
                 upload.staging_key, upload.upload_id, [stored[part.index] for part in request.parts]
             )
-        except BlobStoreError as error:
+        except BlobStoreError:
             if await self._blobs.size(upload.staging_key) != binary.size:
-                raise _store_unavailable(error) from error
+                raise
+
+    async def _parts(self, upload: Upload) -> dict[int, StoredPart]:
+        if not upload.upload_id:
+            return {}
+        try:
+            return {part.index: part for part in await self._blobs.list_parts(upload.staging_key, upload.upload_id)}
+        except BlobNotFoundError:
+            return {}
 
     async def HashBinary(self, request: Any, context: Any) -> Any:
         command = commands.HashBinary(request.name, request.etag)
@@ -210,25 +218,25 @@ class ArtifactsServicer(artifacts_pb2_grpc.ArtifactsServiceServicer):
         return await self._submit(request.name, command, request, context)
 
     async def CreateBundle(self, request: Any, context: Any) -> Any:
-        product = await self._product(request.parent)
+        await self._product(request.parent)
         command = commands.CreateBundle(
             f"{request.parent}/bundles/{request.bundle_id}",
             request.version,
             request.security_version,
             tuple(request.entries),
-            max(1, product.policy.required_signatures),
         )
         return await self._submit(request.parent, command, request, context)
 
     async def GetBundle(self, request: Any, context: Any) -> Any:
-        return self._get("bundles", request.name)
+        return _found(self._state(request.name).bundles, request.name)
 
     async def ListBundles(self, request: Any, context: Any) -> Any:
-        found, token = self._list("bundles", "bundles", request)
+        found, token = _page(self._state(request.parent).bundles, "bundles", request)
         return pb.ListBundlesResponse(bundles=found, next_page_token=token)
 
     async def SignBundle(self, request: Any, context: Any) -> Any:
-        command = commands.SignBundle(request.name, request.etag, request.signature)
+        required = await self._required(product_of(request.name))
+        command = commands.SignBundle(request.name, request.etag, request.signature, required)
         return await self._submit(request.name, command, request, context)
 
 
@@ -239,43 +247,71 @@ class ArtifactsInternalServicer(artifacts_pb2_grpc.ArtifactsInternalServiceServi
         self._runtime = runtime
 
     async def LookupBundle(self, request: Any, context: Any) -> Any:
-        found = snapshot_state(self._runtime, request.name).bundles.get(request.name)
-        if found is None or not product_of(request.name):
-            raise not_found(request.name)
-        return found
+        return _found(snapshot_state(self._runtime, request.name).bundles, request.name)
+
+
+def _found(shelves: Shelves[M], name: str) -> M:
+    known = find(shelves, name)
+    if known is None:
+        raise not_found(name)
+    return known
+
+
+def _page(shelves: Shelves[M], collection: str, request: Any) -> tuple[list[M], str]:
+    return page(shelf(shelves, f"{request.parent}/{collection}").items(), request)
+
+
+def _is_stored(known: StoredPart | None, part: pb.UploadPart) -> bool:
+    """Whether the store has the part as declared.
+
+    Not every store names the SHA-256 of a part. Then index and size say it is the part that a link's signed checksum let
+    in: enough to skip it, because the whole object is hashed before anything rests on it.
+    """
+    return known is not None and known.size == part.size and known.sha256 in ("", part.sha256)
 
 
 def _check_parts(binary: pb.Binary, declared: Any, stored: dict[int, StoredPart]) -> None:
-    """Every declared part is there, of its size, and together they are the binary."""
-    missing = [part.index for part in declared if part.index not in stored]
+    """Every part is declared, is there with its size, and together they are the binary."""
+    name = binary.name
+    missing = next((index for index, part in enumerate(declared, start=1) if part.index != index), 0)
+    missing = missing or next((part.index for part in declared if part.index not in stored), 0)
     if missing:
         raise FailedPreconditionError(
-            "PARTS_MISSING",
-            f"{len(missing)} parts are not in the store, the first is {missing[0]}",
-            resource=binary.name,
-            first_missing=missing[0],
+            "PARTS_MISSING", f"part {missing} of {name} is not there: parts are 1, 2, 3 …", resource=name, part=missing
         )
-    indexes = [part.index for part in declared]
-    if indexes != list(range(1, len(indexes) + 1)):
-        raise InvalidArgumentError("INVALID_FIELD", "parts are numbered 1, 2, 3 … without gaps", field="parts")
     for part in declared:
         size = stored[part.index].size
-        if size != part.size or (part.index < len(indexes) and size < MIN_PART):
+        if size != part.size or (part.index < len(declared) and size < MIN_PART):
             raise FailedPreconditionError(
                 "PART_SIZE_MISMATCH",
-                f"part {part.index} has {size} bytes, not {part.size}; all but the last have at least {MIN_PART}",
-                resource=binary.name,
+                f"part {part.index} has {size} bytes, {part.size} were declared; all but the last need {MIN_PART}",
+                resource=name,
                 part=part.index,
+                size=size,
+                declared=part.size,
+                least=MIN_PART,
             )
     total = sum(part.size for part in declared)
     if total != binary.size:
         raise FailedPreconditionError(
-            "SIZE_MISMATCH", f"the parts are {total} bytes, {binary.size} were declared", resource=binary.name
+            "SIZE_MISMATCH",
+            f"the parts of {name} are {total} bytes, {binary.size} were declared",
+            resource=name,
+            size=total,
+            declared=binary.size,
         )
 
 
-def _store_unavailable(error: BlobStoreError) -> UnavailableError:
-    return UnavailableError("OBJECT_STORE_UNAVAILABLE", f"the object store did not do it: {error}", retry_after_s=1)
+@contextmanager
+def _store_answers() -> Iterator[None]:
+    """What the store did not do may work later; what it said stays in the log and does not reach the caller."""
+    try:
+        yield
+    except BlobStoreError as error:
+        log.warning("object store: %s", error)
+        raise UnavailableError(
+            "OBJECT_STORE_UNAVAILABLE", "the object store did not do it: try again", retry_after_s=1
+        ) from error
 
 
 def _in(seconds: int) -> Timestamp:

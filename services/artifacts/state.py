@@ -1,12 +1,23 @@
-"""State and commands of the artifacts service: frozen values."""
+"""What the artifacts service knows of one partition: the fold of its events.
+
+Resources lie on shelves: collection name → resource name → after-image, so that a list, a look-up of a key and a
+bundle's judgement cost what the product holds and not what the partition holds. Messages in state are never mutated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import immutables
+from google.protobuf.message import Message
 from groundswell.artifacts.v1 import artifacts_pb2 as pb
+from groundswell.artifacts.v1 import events_pb2 as ev
+
+from libs.eventlog import Event
+
+M = TypeVar("M", bound=Message)
+Shelves = immutables.Map[str, immutables.Map[str, M]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,114 +31,69 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """One partition's resources by full name. Messages are never changed in place."""
+    """See the module."""
 
-    signing_keys: immutables.Map[str, pb.SigningKey] = field(default_factory=immutables.Map)
-    artifacts: immutables.Map[str, pb.Artifact] = field(default_factory=immutables.Map)
-    versions: immutables.Map[str, pb.ArtifactVersion] = field(default_factory=immutables.Map)
-    binaries: immutables.Map[str, pb.Binary] = field(default_factory=immutables.Map)
+    signing_keys: Shelves[pb.SigningKey] = field(default_factory=immutables.Map)
+    artifacts: Shelves[pb.Artifact] = field(default_factory=immutables.Map)
+    versions: Shelves[pb.ArtifactVersion] = field(default_factory=immutables.Map)
+    binaries: Shelves[pb.Binary] = field(default_factory=immutables.Map)
+    bundles: Shelves[pb.Bundle] = field(default_factory=immutables.Map)
     uploads: immutables.Map[str, Upload] = field(default_factory=immutables.Map)
-    bundles: immutables.Map[str, pb.Bundle] = field(default_factory=immutables.Map)
+    """By binary."""
     bundle_blobs: immutables.Map[str, tuple[str, ...]] = field(default_factory=immutables.Map)
+    """Content keys by bundle, in the order of its entries."""
     required_signatures: immutables.Map[str, int] = field(default_factory=immutables.Map)
     """Product → signatures its bundles need; 1 when absent."""
 
 
-@dataclass(frozen=True, slots=True)
-class CreateSigningKey:
-    """Register a public key."""
-
-    key: pb.SigningKey
+def shelf(shelves: Shelves[M], collection: str) -> immutables.Map[str, M]:
+    """All resources of a collection."""
+    return shelves.get(collection) or immutables.Map()
 
 
-@dataclass(frozen=True, slots=True)
-class RevokeSigningKey:
-    """Revoke for good."""
-
-    name: str
-    etag: str
+def find(shelves: Shelves[M], name: str) -> M | None:
+    """A resource by its name."""
+    return shelf(shelves, name.rpartition("/")[0]).get(name)
 
 
-@dataclass(frozen=True, slots=True)
-class CreateArtifact:
-    """A new artifact."""
-
-    artifact: pb.Artifact
-
-
-@dataclass(frozen=True, slots=True)
-class CreateVersion:
-    """A new version of an artifact."""
-
-    version: pb.ArtifactVersion
+def put(shelves: Shelves[M], name: str, message: M) -> Shelves[M]:
+    """The shelves with a resource's new after-image."""
+    collection = name.rpartition("/")[0]
+    return shelves.set(collection, shelf(shelves, collection).set(name, message))
 
 
-@dataclass(frozen=True, slots=True)
-class CreateBinary:
-    """Declare size, digest and target."""
-
-    binary: pb.Binary
+def keys_of(state: State, product: str) -> dict[str, pb.SigningKey]:
+    """Signing keys of a product by key id."""
+    return {key.key_id: key for key in shelf(state.signing_keys, f"{product}/signingKeys").values()}
 
 
-@dataclass(frozen=True, slots=True)
-class OpenUpload:
-    """An upload was opened in the store; the first to be recorded counts."""
-
-    name: str
-    staging_key: str
-    upload_id: str
+def upload_of(state: State, binary: str) -> Upload:
+    """Where a binary's bytes are, so far as any are."""
+    return state.uploads.get(binary) or Upload()
 
 
-@dataclass(frozen=True, slots=True)
-class UploadCompleted:
-    """The store has the whole object under the staging key."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class HashBinary:
-    """The client asks for the server's own hash."""
-
-    name: str
-    etag: str
-
-
-@dataclass(frozen=True, slots=True)
-class HashFinished:
-    """The server's own hash of what was uploaded."""
-
-    name: str
-    task_id: str
-    sha256: str
-    size: int
-    blob_key: str
-
-
-@dataclass(frozen=True, slots=True)
-class SignBinary:
-    """A signature over the hex digest."""
-
-    name: str
-    etag: str
-    signature: pb.Signature
-
-
-@dataclass(frozen=True, slots=True)
-class CreateBundle:
-    """An ordered set of binaries."""
-
-    name: str
-    version: str
-    security_version: int
-    entries: Sequence[pb.BundleEntrySpec]
-    required_signatures: int
-
-
-@dataclass(frozen=True, slots=True)
-class SignBundle:
-    """A signature over the statement."""
-
-    name: str
-    etag: str
-    signature: pb.Signature
+def evolve(state: State, event: Event) -> State:
+    """The state after an event."""
+    name = event.resource
+    match event.payload:
+        case ev.BinarySaved(binary=binary, staging_key=staging_key, upload_id=upload_id, blob_key=blob_key):
+            return replace(
+                state,
+                binaries=put(state.binaries, name, binary),
+                uploads=state.uploads.set(name, Upload(staging_key, upload_id, blob_key)),
+            )
+        case ev.BundleSaved(bundle=bundle, blob_keys=blob_keys):
+            return replace(
+                state,
+                bundles=put(state.bundles, name, bundle),
+                bundle_blobs=state.bundle_blobs.set(name, tuple(blob_keys)),
+            )
+        case ev.SigningKeySaved(signing_key=key):
+            return replace(state, signing_keys=put(state.signing_keys, name, key))
+        case ev.ArtifactSaved(artifact=artifact):
+            return replace(state, artifacts=put(state.artifacts, name, artifact))
+        case ev.ArtifactVersionSaved(artifact_version=version):
+            return replace(state, versions=put(state.versions, name, version))
+        case ev.SignaturePolicySaved(product=product, required_signatures=required):
+            return replace(state, required_signatures=state.required_signatures.set(product, required))
+    return state

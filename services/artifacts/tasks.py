@@ -1,37 +1,50 @@
-"""Outgoing work: the server hashes what was uploaded, itself, whole."""
+"""Outgoing work: the server hashes what was uploaded, itself, whole; and clears away what was only staged."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 from libs.blobs import BlobNotFoundError, BlobStore, content_key
-from libs.eventlog import Command, Task, TaskContext
-from services.artifacts.state import HashFinished, State, Upload
+from libs.eventlog import Command, Task, TaskContext, TaskHandler
+from services.artifacts.commands import HashFinished
+from services.artifacts.domain import DROP, HASH
+from services.artifacts.state import State, find, upload_of
 
 
-class HashTask:
-    """Streams the staged object once, and promotes it to its content key when it is what was declared.
-
-    Safe to repeat: promotion is create-only, and a staged object that is gone was promoted or forgotten before.
-    """
+class ArtifactsTasks:
+    """Handlers by kind. Each may run again after any fail-over."""
 
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
 
-    async def __call__(self, task: Task, ctx: TaskContext) -> Command | None:
-        """Hash one binary."""
+    def handlers(self) -> Mapping[str, TaskHandler]:
+        """For the runtime."""
+        return {HASH: self.hash, DROP: self.drop}
+
+    async def hash(self, task: Task, ctx: TaskContext) -> Command | None:
+        """Read the staged object once, and promote it when it is what was declared.
+
+        Only these bytes count. That content of the declared digest exists already, perhaps another organization's,
+        proves nothing about who asks. A staged object that the store has lost is an upload of no bytes.
+        """
         name = task.payload.decode()
-        state: State = ctx.snapshot().state  # type: ignore[assignment]
-        binary = state.binaries[name]
-        upload = state.uploads.get(name, Upload())
+        state = ctx.snapshot().state
+        assert isinstance(state, State)  # noqa: S101 - the runtime was built for this domain
+        binary, upload = find(state.binaries, name), upload_of(state, name)
+        if binary is None or task.task_id != f"{HASH}/{upload.staging_key}":
+            return None
         digest, size = await self._digest(upload.staging_key)
-        if not digest:
-            digest, size = await self._digest(content_key(binary.sha256))
         target = content_key(binary.sha256)
         if (digest, size) == (binary.sha256, binary.size):
             await self._blobs.promote(upload.staging_key, target)
-        await self._blobs.delete(upload.staging_key)
-        return Command(task.organization, HashFinished(name, task.task_id, digest, size, target), principal="task")
+        finished = HashFinished(name, task.task_id, upload.staging_key, digest, size, target)
+        return Command(task.organization, finished)
+
+    async def drop(self, task: Task, ctx: TaskContext) -> Command | None:  # noqa: ARG002 - the key says it all
+        """Delete a staged object."""
+        await self._blobs.delete(task.payload.decode())
+        return None
 
     async def _digest(self, key: str) -> tuple[str, int]:
         whole, size = hashlib.sha256(), 0
