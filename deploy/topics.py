@@ -91,6 +91,18 @@ async def ensure_topics(bootstrap: str, env: str, partitions: int) -> tuple[str,
         await admin.close()
 
 
+async def delete_topics(bootstrap: str, env: str) -> None:
+    """Delete all topics of an installation, for tests and for those who mean it: this is the data."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        mine = [name for name in await admin.list_topics() if name.startswith(f"{env}.")]
+        if mine:
+            await admin.delete_topics(mine)
+    finally:
+        await admin.close()
+
+
 def _refuse_mismatch(wanted: tuple[Topic, ...], existing: dict[str, int]) -> None:
     for topic in wanted:
         count = existing.get(topic.name, topic.partitions)

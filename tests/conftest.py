@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from deploy.local.specs import s3_client
-from deploy.topics import ensure_topics
+from deploy.topics import delete_topics, ensure_topics
 from tests.servers import Servers, running
 
 _KINDS = ("unit", "contract", "simulation", "integration", "e2e")
@@ -61,10 +61,12 @@ def env_prefix() -> str:
 
 
 @pytest.fixture
-async def kafka_env(servers: Servers, env_prefix: str) -> KafkaEnv:
-    """A fresh prefix with all topics of an installation."""
+async def kafka_env(servers: Servers, env_prefix: str) -> AsyncIterator[KafkaEnv]:
+    """A fresh prefix with all topics of an installation; gone afterwards, or a long run ends with a broker that is
+    busy with the partitions of tests long past."""
     await ensure_topics(servers.kafka, env_prefix, PARTITIONS)
-    return KafkaEnv(servers.kafka, env_prefix, PARTITIONS)
+    yield KafkaEnv(servers.kafka, env_prefix, PARTITIONS)
+    await delete_topics(servers.kafka, env_prefix)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.local import control
+from deploy.local import control, pids
 from deploy.local.credentials import s3_credentials
 from deploy.local.settings import ROOT, Settings, load
 
@@ -123,6 +123,9 @@ def _local(*, keep: bool) -> Iterator[Servers]:
     with (settings.local_dir / "users.lock").open("w") as users:
         with _turn(settings):
             fcntl.flock(users, fcntl.LOCK_SH)
+            if not pids.recorded(settings.run_dir, "kafka"):
+                # What earlier runs left behind only makes the broker slow to start.
+                control.clean(settings, say=lambda _: None)
             control.up(settings, servers_only=True, say=lambda _: None)
         try:
             credentials = s3_credentials(settings)
