@@ -1,0 +1,1 @@
+"""Webhooks: public events of an organization as signed HTTPS requests to its endpoints."""

@@ -1,0 +1,103 @@
+"""Every event type that can be delivered, and the matching of types by an endpoint's filters.
+
+A type is the ``change`` of a public record. Types that begin with ``webhook.`` speak of endpoints and are never
+delivered: a failing endpoint must not cause events that cause deliveries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from libs.errors import InvalidArgumentError
+
+OWN_PREFIX: Final = "webhook."
+MAX_FILTERS: Final = 100
+_FILTER: Final = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*(\.\*)?\Z")
+
+EVENT_TYPES: Final[dict[str, str]] = {
+    "api_key.created": "An API key was created; the event never holds its secret.",
+    "api_key.revoked": "An API key was revoked.",
+    "api_key.updated": "An API key's scopes, prefix or secret hash changed.",
+    "bundle.created": "A bundle of binaries was created.",
+    "bundle.signed": "A signature was added to a bundle's statement.",
+    "bundle.updated": "A bundle changed, for example whether it may be offered.",
+    "bundle_override.created": "Named devices are held at a bundle.",
+    "bundle_override.deleted": "A bundle override ended.",
+    "ca_certificate.registered": "A CA certificate was registered after proof of possession.",
+    "ca_certificate.updated": "A CA certificate's state or provisioning rules changed.",
+    "cohort.created": "A cohort was created.",
+    "cohort.updated": "A cohort changed.",
+    "device.claimed_release": "A device was granted an attempt at a release.",
+    "device.created": "A device was created, by an operator or just in time.",
+    "device.release_changed": "A device reported that it runs something else than before.",
+    "device.retired": "A device was retired for good.",
+    "device.rolled_back": "A device reverted to the firmware it came from.",
+    "device.update_cancelled": "An attempt ended without success or failure: cancelled or expired.",
+    "device.update_confirmed": "New firmware checked in and found itself healthy.",
+    "device.update_failed": "An attempt failed.",
+    "device.update_withdrawn": "A confirmed device turned out to be unhealthy later.",
+    "device.updated": "A device's cohort, tags, description or quarantine changed.",
+    "device_certificate.bound": "A certificate now identifies a device.",
+    "device_certificate.refused": "A certificate was refused at admission.",
+    "device_certificate.revoked": "A device certificate was revoked.",
+    "gateway.created": "A gateway was registered.",
+    "gateway.updated": "A gateway changed.",
+    "identity.cloned": "Two agents check in under one identity.",
+    "member.created": "A member joined the organization.",
+    "member.updated": "A member's role or name changed.",
+    "organization.created": "The organization was created.",
+    "organization.updated": "The organization changed.",
+    "product.created": "A product was created.",
+    "product.updated": "A product or its policy changed.",
+    "release.created": "A release was added to a cohort.",
+    "release.deleted": "A release was taken out of a cohort.",
+    "release.retracted": "A release was retracted: its devices go back.",
+    "release.updated": "A release changed.",
+    "rollout.aborted": "A rollout was aborted.",
+    "rollout.completed": "A rollout's last stage passed.",
+    "rollout.created": "A rollout was planned.",
+    "rollout.halted": "A gate tripped and the rollout halted.",
+    "rollout.paused": "A rollout was paused.",
+    "rollout.resumed": "A rollout goes on.",
+    "rollout.rolled_back": "Every device that could go back has gone back.",
+    "rollout.rolling_back": "A rollout began to take its devices back.",
+    "rollout.stage_advanced": "An operator moved a rollout to its next stage.",
+    "rollout.stage_awaiting_approval": "A stage passed its gate and waits for approval.",
+    "rollout.stage_opened": "A stage began to offer.",
+    "rollout.stage_passed": "A stage passed its gate.",
+    "rollout.stage_stalled": "A stage cannot pass in its time.",
+    "rollout.started": "A rollout began.",
+    "rollout.updated": "A rollout changed.",
+    "signing_key.created": "A signing key was registered.",
+    "signing_key.revoked": "A signing key was revoked.",
+}
+
+
+def matches(filters: Sequence[str], event_type: str) -> bool:
+    """Whether an endpoint with these filters receives the type. No filter means all."""
+    if not event_type or event_type.startswith(OWN_PREFIX):
+        return False
+    if not filters:
+        return True
+    return any(event_type.startswith(one[:-1]) if one.endswith(".*") else event_type == one for one in filters)
+
+
+def check_filters(filters: Sequence[str]) -> None:
+    """Refuse filters that could never match: a typing error would mean silence. Raises INVALID_FIELD."""
+    if len(filters) > MAX_FILTERS:
+        raise _refuse(f"must have at most {MAX_FILTERS} entries", "")
+    for one in filters:
+        if not _FILTER.match(one):
+            raise _refuse(
+                "takes event types such as 'rollout.halted' or 'rollout.*'; none at all means every type", one
+            )
+        if not any(matches((one,), known) for known in EVENT_TYPES):
+            raise _refuse("names no event type of the catalogue (see ListEventTypes)", one)
+
+
+def _refuse(what: str, value: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "INVALID_FIELD", f"event_types {what}", field="webhook_endpoint.event_types", value=value[:200]
+    )
