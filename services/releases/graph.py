@@ -120,7 +120,7 @@ def check_graph(releases: Releases) -> None:
         ahead = before.get(frontier.pop(), [])
         reached.update(ahead)
         frontier.extend(ahead)
-    circling = sorted(releases.keys() - reached)
+    circling = sorted(set(releases) - reached)
     if circling:
         raise FailedPreconditionError(
             "GRAPH_WOULD_BREAK", f"{circling[0]} would lead round in a circle", release=circling[0]

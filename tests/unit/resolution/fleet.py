@@ -20,14 +20,15 @@ NOW = 1_000_000
 
 
 def device(**facts: Any) -> DeviceFacts:
-    return DeviceFacts(**{"name": "dev", "uid": bytes(16), "cohort": "main", "target": "board"} | facts)
+    given: dict[str, Any] = {"name": "dev", "uid": bytes(16), "cohort": "main", "target": "board"}
+    return DeviceFacts(**given | facts)
 
 
 def chain(*nodes: dict[str, Any]) -> CohortGraph:
     """r0 → r1 → …, release rN of bundle bN, versions 1.N.0, unless said otherwise."""
-    made = {}
+    made: dict[str, ReleaseNode] = {}
     for index, given in enumerate(nodes):
-        facts = {
+        facts: dict[str, Any] = {
             "name": f"r{index}",
             "bundle": f"b{index}",
             "version": f"1.{index}.0",
@@ -39,7 +40,8 @@ def chain(*nodes: dict[str, Any]) -> CohortGraph:
 
 
 def bundle(name: str, **facts: Any) -> BundleFacts:
-    return BundleFacts(**{"name": name, "offerable": True, "targets": frozenset({"board"})} | facts)
+    given: dict[str, Any] = {"name": name, "offerable": True, "targets": frozenset({"board"})}
+    return BundleFacts(**given | facts)
 
 
 def ask(
