@@ -127,6 +127,8 @@ class Pump:
                 self._open[place, position] = exception
                 heapq.heappush(self._due, (exception.next_at_ms, (place, position)))
             self._dead.update((place, position) for position in (() if stream is None else stream.dead))
+        # By its record it was failing: gently until it answers, and then what it missed at once.
+        self.breaker.in_a_row = 1 if self._open else 0
 
     # What comes in.
 

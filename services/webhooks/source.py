@@ -23,8 +23,8 @@ from services.webhooks.render import SOURCES, WebhookEvent, read_event
 
 logger = logging.getLogger(__name__)
 
-NEAR: Final = 10_000
-"""Positions that the shared reader goes back for an endpoint when it starts."""
+NEAR: Final = 30_000
+"""Positions that the shared reader goes back for an endpoint when it starts: more than idle cursors stay behind."""
 CATCH_UPS: Final = 2
 LOOK_EVERY_S: Final = 0.1
 CACHED_EVENTS: Final = 2_000

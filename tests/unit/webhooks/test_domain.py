@@ -26,7 +26,7 @@ from tests.unit.webhooks.support import NAME, OTHER, PLACE, World
 
 def failed(position: int, **fields: Any) -> events.DeliveryException:
     values = {"attempt_count": 1, "next_at_ms": 5, "webhook_id": f"msg_{position}", **fields}
-    return events.DeliveryException(position=position, **values)  # type: ignore[arg-type]
+    return events.DeliveryException(position=position, **values)
 
 
 def record(world: World, *moves: Move, gone: bool = False) -> Any:
@@ -83,11 +83,12 @@ def test_updates_change_named_fields_under_the_etag() -> None:
     assert updated.ca_pem == ""
     with pytest.raises(AbortedError):
         world.do(UpdateEndpoint(wanted, ("event_types",)))
-    for paths, fields in (
+    cases: tuple[tuple[tuple[str, ...], Any], ...] = (
         (("url",), {}),
         ((), {}),
         (("state",), {"state": pb.WebhookEndpoint.STATE_PENDING}),
-    ):
+    )
+    for paths, fields in cases:
         with pytest.raises(InvalidArgumentError):
             world.do(UpdateEndpoint(pb.WebhookEndpoint(name=NAME, **fields), paths))
     with pytest.raises(NotFoundError):

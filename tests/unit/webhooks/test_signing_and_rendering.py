@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 from cryptography.exceptions import InvalidSignature
@@ -21,7 +23,7 @@ from libs.errors import InvalidArgumentError
 from libs.eventlog.ports import Record
 from libs.keystore import MemoryKeyStore
 from services.webhooks.catalogue import EVENT_TYPES, check_filters, matches
-from services.webhooks.render import MAX_BODY, read_event, render
+from services.webhooks.render import MAX_BODY, SOURCES, read_event, render
 from services.webhooks.signing import Signer, webhook_id
 
 NAME = "organizations/acme/webhookEndpoints/ops"
@@ -147,3 +149,15 @@ def test_every_type_of_the_catalogue_can_be_asked_for() -> None:
     check_filters(["device.*", "rollout.*"])
     for name in EVENT_TYPES:
         check_filters([name])
+
+
+def test_the_catalogue_names_every_type_that_the_contracts_name() -> None:
+    protos = Path(__file__).parents[3] / "protos" / "groundswell"
+    named: set[str] = set()
+    for service in SOURCES:
+        text = (protos / service / "v1" / "events.proto").read_text()
+        for comment in re.findall(r"((?:  //[^\n]*\n)+)  string change = \d+;", text):
+            if "Webhook event type" in comment:
+                named.update(re.findall(r"`([a-z_]+\.[a-z_]+)`", comment))
+    assert len(named) > 30
+    assert named - EVENT_TYPES.keys() == set()
