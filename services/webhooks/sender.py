@@ -165,6 +165,8 @@ class PartitionSender:
             await self._work.wait()
             self._work.clear()
             while self._ready and len(self._attempts) < SLOTS and not self._draining:
+                # Once disabling or deleting is answered no attempt begins: look before each one, it costs little.
+                self._synchronize()
                 pump = self._ready.popleft()
                 self._queued.discard(pump)
                 if self.pumps.get(pump.image.name) is not pump:

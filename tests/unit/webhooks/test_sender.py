@@ -20,7 +20,7 @@ from libs.eventlog.config import wall_clock_ms
 from libs.eventlog.memory import MemoryLog
 from libs.eventlog.ports import TopicPartition
 from libs.keystore import MemoryKeyStore
-from services.webhooks.domain import CreateEndpoint, Endpoint, State, Webhooks
+from services.webhooks.domain import CreateEndpoint, Endpoint, State, UpdateEndpoint, Webhooks
 from services.webhooks.pump import MAX_FRESH
 from services.webhooks.sender import Sender
 from services.webhooks.signing import Signer
@@ -250,3 +250,20 @@ async def test_a_sender_that_is_stopped_has_recorded_all_it_delivered(world: Wor
     await until(lambda: world.endpoint(name).delivered == 51)
     assert len(world.network.got["ops"]) == 51
     assert world.sender.live
+
+
+async def test_once_disabling_is_answered_nothing_more_is_sent(world: World) -> None:
+    name = await world.create("ops")
+    for number in range(0, 30, 3):
+        await world.say(number, 1)
+        off = pb.WebhookEndpoint(name=name, state=pb.WebhookEndpoint.STATE_DISABLED)
+        await world.webhooks.submit(Command("acme", UpdateEndpoint(off, ("state",))), Deadline.after(10))
+        known = len(world.network.got["ops"])
+        await world.say(number + 1, 1)
+        await world.create(f"witness{number}")
+        await world.say(number + 2, 1)
+        await until(lambda number=number: len(world.network.got[f"witness{number}"]) >= 1)  # type: ignore[misc]
+        assert len(world.network.got["ops"]) == known
+        on = pb.WebhookEndpoint(name=name, state=pb.WebhookEndpoint.STATE_ACTIVE)
+        await world.webhooks.submit(Command("acme", UpdateEndpoint(on, ("state",))), Deadline.after(10))
+        await until(lambda number=number: len(world.network.ids("ops")) == number + 3)  # type: ignore[misc]
