@@ -23,7 +23,7 @@ from libs.eventlog.ports import EventLog, LogError
 from libs.names import organization_of
 from services.webhooks.domain import RecordDeliveries, State
 from services.webhooks.pump import Item, Pump
-from services.webhooks.render import render
+from services.webhooks.render import WebhookEvent, render
 from services.webhooks.signing import Signer
 from services.webhooks.source import EventSource, places_of
 from services.webhooks.transport import Outcome, Target, Transport
@@ -208,7 +208,7 @@ class PartitionSender:
         if event is None:
             outcome = Outcome(error="SOURCE_RECORD_MISSING: the record of this event is not in the log any more")
         else:
-            outcome = await self._post(pump, item, render(event))
+            outcome = await self._post(pump, item, event)
             if not outcome.succeeded:
                 self.source.remember(item.place, item.position, event)
         now_ms = self._now_ms()
@@ -222,7 +222,15 @@ class PartitionSender:
             self._plenty.set()
         self._poke(pump)
 
-    async def _post(self, pump: Pump, item: Item, body: bytes) -> Outcome:
+    async def _post(self, pump: Pump, item: Item, event: WebhookEvent) -> Outcome:
+        try:
+            return await self._send(pump, item, render(event))
+        except Exception:
+            # A bug of ours that one event or endpoint meets must hold up neither the others nor the cursor for ever.
+            logger.exception("delivery %s of %s failed inside", item.webhook_id, pump.image.name)
+            return Outcome(error="INTERNAL_ERROR: the delivery could not be made; the server's log says why")
+
+    async def _send(self, pump: Pump, item: Item, body: bytes) -> Outcome:
         timestamp_s = self._now_ms() // 1000
         headers = {
             "content-type": "application/json",

@@ -267,3 +267,15 @@ async def test_once_disabling_is_answered_nothing_more_is_sent(world: World) -> 
         on = pb.WebhookEndpoint(name=name, state=pb.WebhookEndpoint.STATE_ACTIVE)
         await world.webhooks.submit(Command("acme", UpdateEndpoint(on, ("state",))), Deadline.after(10))
         await until(lambda number=number: len(world.network.ids("ops")) == number + 3)  # type: ignore[misc]
+
+
+async def test_a_bug_that_one_delivery_meets_is_a_failure_of_that_delivery(world: World) -> None:
+    async def bug() -> Outcome:
+        raise RuntimeError("bug")
+
+    world.network.answers["odd"] = bug
+    odd, good = await world.create("odd"), await world.create("good")
+    await world.say(0, 2)
+    await until(lambda: world.endpoint(odd).open_exceptions == 2 and world.endpoint(good).delivered == 2)
+    errors = {each.last_error for stream in world.endpoint(odd).streams.values() for each in stream.exceptions.values()}
+    assert {error.partition(":")[0] for error in errors} == {"INTERNAL_ERROR"}
