@@ -22,7 +22,7 @@ from libs.eventlog.config import RuntimeConfig, events_topic, public_topic
 from libs.eventlog.model import Token
 from libs.eventlog.ports import Appender, EventLog, FencedError, LogError, NewRecord
 from libs.eventlog.replica import HaltedError, Replica
-from libs.eventlog.work import NOTHING, BeatWork, Outcome, Work
+from libs.eventlog.work import NOTHING, BeatWork, CommandWork, Outcome, Work
 from libs.eventlog.working import InternalError, Working, Writer
 
 logger = logging.getLogger(__name__)
@@ -275,7 +275,7 @@ class Leadership(Generic[S]):
         position = state.applied
         if working.records:
             try:
-                position = await self._write(working)
+                position = await self._write(batch)
             except BaseException:
                 fail(batch.waiting)
                 raise
@@ -286,8 +286,9 @@ class Leadership(Generic[S]):
             Token(self.replica.service, self.partition, state.log_id, position, working.public_seq),
         )
 
-    async def _write(self, working: Working[S]) -> int:
+    async def _write(self, batch: Batch[S]) -> int:
         """Commit the batch and wait until the own tail has applied its last event; return that one's position."""
+        working = batch.working
         appender = self._appender
         assert appender is not None  # noqa: S101 - set by the claim
         read_back = self.replica.watch(working.last_event_id)
@@ -297,6 +298,8 @@ class Leadership(Generic[S]):
             failpoints.hit(failpoints.AFTER_SEND)
             await self._commit(appender)
             failpoints.hit(failpoints.AFTER_COMMIT_BEFORE_ANSWER)
+            if batch.has_request():
+                failpoints.hit(failpoints.AFTER_COMMIT_BEFORE_ANSWER_REQUEST, self.replica.service)
             return await self.wait_read_back(read_back, working)
         finally:
             self.replica.unwatch(working.last_event_id)
@@ -328,6 +331,10 @@ class Batch(Generic[S]):
         self.opened_at = opened_at
         self.open = True
         self.waiting: list[tuple[Work[S], Outcome | GroundswellError]] = []
+
+    def has_request(self) -> bool:
+        """Whether somebody in it may repeat what was asked under the same id."""
+        return any(isinstance(work, CommandWork) and work.command.request_id for work, _ in self.waiting)
 
     def has_room(self, config: RuntimeConfig) -> bool:
         """Neither full nor open for so long that the first in it should not wait for the last."""

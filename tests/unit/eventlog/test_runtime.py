@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -189,6 +191,43 @@ def test_fail_points_count_down_and_disarm() -> None:
         failpoints.arm("")
     failpoints.hit("during-commit")
     assert hits == ["x"]
+
+
+def test_a_file_arms_a_running_process_once_and_only_its_service(tmp_path: Path) -> None:
+    hits: list[str] = []
+    failpoints.arm("", lambda: hits.append("x"))
+    failpoints.watch_directory(str(tmp_path))
+    try:
+        failpoints.hit("before-send", "registry")
+        armed = tmp_path / "registry.before-send"
+        armed.touch()
+        failpoints.hit("before-send", "rollout")
+        failpoints.hit("after-send", "registry")
+        assert (hits, armed.exists()) == ([], True)
+        failpoints.hit("before-send", "registry")
+        failpoints.hit("before-send", "registry")
+        assert (hits, armed.exists()) == (["x"], False)
+        failpoints.watch_directory("")
+        armed.touch()
+        failpoints.hit("before-send", "registry")
+        assert hits == ["x"]
+    finally:
+        failpoints.watch_directory("")
+        failpoints.arm("")
+
+
+async def test_the_request_point_passes_beats_by(world: World) -> None:
+    hits: list[str] = []
+    replica = await world.start()
+    await replica.lead()
+    failpoints.arm(failpoints.AFTER_COMMIT_BEFORE_ANSWER_REQUEST, lambda: hits.append("x"))
+    try:
+        await replica.put("a", "1")
+        assert hits == []
+        await replica.put("a", "2", request_id=str(uuid.uuid4()))
+        assert hits == ["x"]
+    finally:
+        failpoints.arm("")
 
 
 async def test_deadlines() -> None:
