@@ -39,12 +39,12 @@ def stack() -> Iterator[Stack]:
 
 
 @pytest.fixture
-def new_tenant(stack: Stack, tmp_path: Path) -> Iterator[Callable[[], Tenant]]:
+def new_tenant(stack: Stack, tmp_path: Path) -> Iterator[Callable[..., Tenant]]:
     """Makes organizations; whatever runs for them ends with the test."""
     made: list[Tenant] = []
 
-    def make() -> Tenant:
-        tenant = Tenant.create(stack, tmp_path / f"tenant-{len(made)}")
+    def make(beside: Tenant | None = None) -> Tenant:
+        tenant = Tenant.create(stack, tmp_path / f"tenant-{len(made)}", beside)
         made.append(tenant)
         return tenant
 
@@ -54,5 +54,5 @@ def new_tenant(stack: Stack, tmp_path: Path) -> Iterator[Callable[[], Tenant]]:
 
 
 @pytest.fixture
-def tenant(new_tenant: Callable[[], Tenant]) -> Tenant:
+def tenant(new_tenant: Callable[..., Tenant]) -> Tenant:
     return new_tenant()

@@ -60,6 +60,12 @@ def check(stack: Stack, organization: str, request_ids: Sequence[str], **expect:
     assert not wrong, wrong
 
 
+def check_commands(stack: Stack, request_ids: Sequence[str]) -> None:
+    """Each acknowledged request id is exactly one command of the log."""
+    found = checker.check_commands(read(stack), request_ids)
+    assert found.holds, found.detail
+
+
 def confirmations(stack: Stack, organization: str, rollout: str) -> Counter[str]:
     """How often the log says, of each device, that it confirmed the rollout's bundle."""
     attempts: dict[str, str] = {}

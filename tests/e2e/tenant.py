@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 import uuid
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.field_mask_pb2 import FieldMask
 from groundswell.artifacts.v1 import artifacts_pb2
 from groundswell.device.v1 import device_pb2
 from groundswell.pki.v1 import pki_pb2
@@ -49,6 +51,14 @@ def seconds(value: float) -> Duration:
     return duration
 
 
+def _fresh_id() -> str:
+    return f"t-{secrets.token_hex(4)}"
+
+
+def _partition(stack: Stack, organization: str) -> int:
+    return zlib.crc32(organization.encode()) % stack.settings.partitions
+
+
 @dataclass(slots=True)
 class Tenant:
     """An organization `t-…` with the product, cohorts `canary` and `main`, a factory CA and a signing key."""
@@ -67,9 +77,12 @@ class Tenant:
         self.fleet = Fleet(self.directory / "devices")
 
     @classmethod
-    def create(cls, stack: Stack, directory: Path) -> Tenant:
+    def create(cls, stack: Stack, directory: Path, beside: Tenant | None = None) -> Tenant:
+        """A fresh organization; `beside` another one when it must share that one's partition."""
         directory.mkdir(parents=True, exist_ok=True)
-        organization = f"t-{secrets.token_hex(4)}"
+        organization = _fresh_id()
+        while beside is not None and _partition(stack, organization) != _partition(stack, beside.organization):
+            organization = _fresh_id()
         secret = secrets.token_hex(24)
         stack.platform.registry.CreateOrganization(
             registry_pb2.CreateOrganizationRequest(
@@ -82,7 +95,6 @@ class Tenant:
         acknowledged: list[str] = []
         key = f"gsw_{organization}_owner_{secret}"
         client = stack.client(key, on_acknowledged=lambda _, request: acknowledged.append(request))
-        client.tokens._tokens.update(stack.platform.tokens._tokens)
         factory = Factory(f"factory of {organization}", directory / "factory")
         tenant = cls(stack, directory, organization, key, client, acknowledged, factory)
         tenant._furnish()
@@ -274,7 +286,13 @@ class Tenant:
     # Rollouts.
 
     def start_rollout(
-        self, bundle: artifacts_pb2.Bundle, *, cohorts: Sequence[tuple[str, int]], soak_s: float = 1.0
+        self,
+        bundle: artifacts_pb2.Bundle,
+        *,
+        cohorts: Sequence[tuple[str, int]],
+        soak_s: float = 1.0,
+        dark_after_s: float = 60.0,
+        tags: Sequence[str] = (),
     ) -> str:
         """Create and start; `cohorts` are the stages, each with the devices that must confirm. Its name."""
         rollout_id = f"to-{bundle.version.replace('.', '-')}"
@@ -282,11 +300,12 @@ class Tenant:
             rollout_pb2.Stage(
                 display_name=cohort,
                 cohort=self.cohort(cohort),
+                tags=tags,
                 max_in_flight=10,
                 gate=rollout_pb2.Gate(
                     min_sample=size,
                     soak=seconds(soak_s),
-                    dark_after=seconds(60),
+                    dark_after=seconds(dark_after_s),
                     stall_after=seconds(600),
                 ),
             )
@@ -308,6 +327,13 @@ class Tenant:
             rollout_pb2.StartRolloutRequest(name=created.name, request_id=str(uuid.uuid4()))
         )
         return started.name
+
+    def update_device(self, device_id: str, **values: Any) -> registry_pb2.Device:
+        """Change these fields of a device."""
+        wanted = registry_pb2.Device(name=self.device_name(device_id), **values)
+        return self.client.registry.UpdateDevice(
+            registry_pb2.UpdateDeviceRequest(device=wanted, update_mask=FieldMask(paths=list(values)))
+        )
 
     def rollout(self, name: str) -> rollout_pb2.Rollout:
         return self.client.rollout.GetRollout(rollout_pb2.GetRolloutRequest(name=name))
