@@ -264,8 +264,8 @@ def _page(shelves: Shelves[M], collection: str, request: Any) -> tuple[list[M], 
 def _is_stored(known: StoredPart | None, part: pb.UploadPart) -> bool:
     """Whether the store has the part as declared.
 
-    Not every store names the SHA-256 of a part. Then index and size say it is the part that a link's signed checksum let
-    in: enough to skip it, because the whole object is hashed before anything rests on it.
+    Not every store names the SHA-256 of a part. Then index and size say it is the part that a link's signed checksum
+    let in: enough to skip it, because the whole object is hashed before anything rests on it.
     """
     return known is not None and known.size == part.size and known.sha256 in ("", part.sha256)
 

@@ -11,7 +11,7 @@ from groundswell.artifacts.v1 import artifacts_pb2
 from groundswell.releases.v1 import releases_pb2 as pb
 from groundswell.releases.v1 import releases_pb2_grpc
 
-from libs.errors import FailedPreconditionError, InvalidArgumentError
+from libs.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from libs.eventlog import Runtime
 from libs.names import last_segment, organization_of, parent_of, product_of, segment
 from libs.rpc import not_found, page, snapshot_state, submit
@@ -169,6 +169,10 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
 
     async def ResolveDevices(self, request: Any, context: Any) -> pb.ResolveDevicesResponse:
         state = snapshot_state(self._runtime, request.parent)
+        unread = self._runtime.snapshot(organization_of(request.parent)).parked.intersection(request.devices)
+        if unread:
+            name = min(unread)
+            raise UnavailableError("RESOURCE_PARKED", f"a record of {name} is not understood yet", resource=name)
         found = resolve_devices(state, request.parent, request.devices, self._now_ms())
         return pb.ResolveDevicesResponse(resolutions=found)
 
