@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +51,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
     """Real Kafka, Redis and S3: from the environment, from containers, or the tests' own local stack."""
-    with running(os.environ) as found:
-        yield found
+    # On a thread of its own: the first test to ask may be an asynchronous one, with an event loop running here.
+    with ThreadPoolExecutor(1) as beside:
+        stack = running(os.environ)
+        found = beside.submit(stack.__enter__).result()
+        try:
+            yield found
+        finally:
+            beside.submit(stack.__exit__, None, None, None).result()
 
 
 @pytest.fixture

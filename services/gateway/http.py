@@ -24,7 +24,7 @@ from libs.rpc import error_of
 from libs.seal import unseal
 from services.gateway import body as bodies
 from services.gateway.checkin import CheckInHandler
-from services.gateway.identity import REVOKED_REASONS, fingerprint_of, organization_of_socket, refuse_identity
+from services.gateway.identity import fingerprint_of, organization_of_socket, refuse_identity
 from services.gateway.views import DeviceView, GatewayViews
 
 log = logging.getLogger(__name__)
@@ -115,8 +115,11 @@ class DeviceApi:
         if certificate is None or certificate.state == pki_pb2.DeviceCertificate.STATE_PENDING:
             certificate = await self._admitted(organization, fingerprint, der)
         state = pki_pb2.DeviceCertificate.State.Name(certificate.state)
-        if state in REVOKED_REASONS:
-            raise refuse_identity(certificate.reason or REVOKED_REASONS[state], "this certificate is refused for good")
+        if state == "STATE_REVOKED":
+            # Its reason is an operator's sentence, for the audit: never a code.
+            raise refuse_identity("CERTIFICATE_REVOKED", "this certificate was revoked for good")
+        if state == "STATE_REFUSED":
+            raise refuse_identity(certificate.reason or "CERTIFICATE_REFUSED", "this certificate is refused for good")
         now = self._now()
         if certificate.not_after.seconds <= now:
             raise refuse_identity("CERTIFICATE_EXPIRED", "this certificate has expired: enrol again")

@@ -17,7 +17,7 @@ import logging
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
 from libs.errors import PermissionDeniedError
@@ -123,12 +123,6 @@ def organization_of_socket(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> str:
 def fingerprint_of(der: bytes) -> str:
     """Lowercase hex SHA-256 of a certificate."""
     return hashlib.sha256(der).hexdigest()
-
-
-REVOKED_REASONS: Final[Mapping[str, str]] = {
-    "STATE_REVOKED": "CERTIFICATE_REVOKED",
-    "STATE_REFUSED": "CERTIFICATE_REFUSED",
-}
 
 
 def refuse_identity(reason: str, message: str, **metadata: object) -> PermissionDeniedError:

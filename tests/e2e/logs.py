@@ -13,6 +13,7 @@ from groundswell.rollout.v1 import events_pb2 as rollout_events
 
 from demo import checker
 from demo.checker import Entry, Logs
+from demo.steps import wait_until
 from tests.e2e.stack import Stack
 
 S = device_pb2
@@ -45,11 +46,22 @@ def of_organization(logs: Logs, organization: str) -> dict[str, list[tuple[int, 
 @contextlib.contextmanager
 def unchanged(stack: Stack, *organizations: str) -> Iterator[None]:
     """What happens inside leaves no trace in any log of these organizations."""
-    before = read(stack)
+    before = settled(stack, *organizations)
     yield
-    after = read(stack)
-    for organization in organizations:
-        assert of_organization(after, organization) == of_organization(before, organization)
+    assert settled(stack, *organizations) == before
+
+
+def settled(stack: Stack, *organizations: str) -> list[dict[str, list[tuple[int, str]]]]:
+    """What the logs hold of these organizations once nothing more comes: services go on telling each other of what
+    was done before, and each reading of all logs takes longer than they do."""
+
+    def now() -> list[dict[str, list[tuple[int, str]]]]:
+        logs = read(stack)
+        return [of_organization(logs, organization) for organization in organizations]
+
+    seen = [now()]
+    wait_until("the logs to be still", 30, lambda: (seen.append(now()) or seen[-3:]) == [seen[-1]] * 3, 0.1)
+    return seen[-1]
 
 
 def check(stack: Stack, organization: str, request_ids: Sequence[str], **expect: Any) -> None:

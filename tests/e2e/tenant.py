@@ -71,6 +71,8 @@ class Tenant:
     request_ids: list[str]
     factory: Factory
     signing_key: Any = None
+    codes: dict[str, str] = field(default_factory=dict)
+    """Verification codes by their ids: shown while they are not used."""
     fleet: Fleet = field(init=False)
 
     def __post_init__(self) -> None:
@@ -149,9 +151,10 @@ class Tenant:
         self.register_ca(self.factory, "factory")
 
     def code(self, code_id: str) -> str:
-        return self.client.pki.CreateVerificationCode(
+        self.codes[code_id] = self.client.pki.CreateVerificationCode(
             pki_pb2.CreateVerificationCodeRequest(parent=self.name, verification_code_id=code_id)
         ).code
+        return self.codes[code_id]
 
     def ca_request(self, factory: Factory, ca_id: str, proof: Path) -> pki_pb2.RegisterCaCertificateRequest:
         rules = [pki_pb2.CohortRule(common_name_pattern="canary-*", cohort=self.cohort("canary"))]

@@ -54,22 +54,21 @@ def refused(reason: str, code: str = "") -> Iterator[None]:
 
 
 def test_a_ca_without_a_good_proof_is_not_registered(stack: Stack, home: Tenant, rival: Tenant) -> None:
-    used_code = home.code("factory")  # asked for again, a code is the same
+    used_code = home.codes["factory"]
     fresh, foreign = home.code("second"), rival.code("theirs")
     new = Factory("second factory", home.directory / "second")
     other = Factory("another factory", home.directory / "other")
     cases = {
-        "none at all": (None, "INVALID_FIELD"),
-        "of another key": (other.proof(fresh), "PROOF_NOT_SIGNED_BY_CA"),
-        "a code that was used": (new.proof(used_code), "PROOF_CODE_USED"),
-        "a code nobody gave out": (new.proof(secrets.token_hex(32)), "PROOF_CODE_UNKNOWN"),
-        "another organization's code": (new.proof(foreign), "PROOF_CODE_UNKNOWN"),
+        "none at all": ("", "INVALID_FIELD"),
+        "of another key": (other.proof(fresh).read_text(), "PROOF_NOT_SIGNED_BY_CA"),
+        "a code that was used": (new.proof(used_code).read_text(), "PROOF_CODE_USED"),
+        "a code nobody gave out": (new.proof(secrets.token_hex(32)).read_text(), "PROOF_CODE_UNKNOWN"),
+        "another organization's code": (new.proof(foreign).read_text(), "PROOF_CODE_UNKNOWN"),
     }
     with logs.unchanged(stack, home.organization, rival.organization):
         for proof, reason in cases.values():
-            request = home.ca_request(new, "second", proof or new.certificate_file)
-            if proof is None:
-                request.verification_certificate_pem = ""
+            request = home.ca_request(new, "second", new.certificate_file)
+            request.verification_certificate_pem = proof
             with refused(reason):
                 home.client.pki.RegisterCaCertificate(request)
     listed = home.client.pki.ListCaCertificates(pki_pb2.ListCaCertificatesRequest(parent=home.product))
@@ -120,6 +119,7 @@ def test_the_store_refuses_a_part_with_another_digest(stack: Stack, home: Tenant
     content = b"what was declared"
     binary = declared(home, "7.0.0", content, hashlib.sha256(content).hexdigest())
     part = part_of(content)
+    home.client.artifacts.PresignParts(artifacts_pb2.PresignPartsRequest(name=binary.name, parts=[part]))  # opens it
     with logs.unchanged(stack, home.organization):
         assert 400 <= put(home, binary, part, b"what was sent ..."[: len(content)]) < 500
         with refused("PARTS_MISSING"):
