@@ -121,13 +121,13 @@ def _local(*, keep: bool) -> Iterator[Servers]:
     settings = local_settings()
     settings.local_dir.mkdir(parents=True, exist_ok=True)
     with (settings.local_dir / "users.lock").open("w") as users:
-        with _turn(settings):
-            fcntl.flock(users, fcntl.LOCK_SH)
-            if not pids.recorded(settings.run_dir, "kafka"):
-                # What earlier runs left behind only makes the broker slow to start.
-                control.clean(settings, say=lambda _: None)
-            control.up(settings, servers_only=True, say=lambda _: None)
         try:
+            with _turn(settings):
+                fcntl.flock(users, fcntl.LOCK_SH)
+                if not pids.recorded(settings.run_dir, "kafka"):
+                    # What earlier runs left behind only makes the broker slow to start.
+                    control.clean(settings, say=lambda _: None)
+                control.up(settings, servers_only=True, say=lambda _: None)
             credentials = s3_credentials(settings)
             yield Servers(
                 settings.kafka,

@@ -134,13 +134,13 @@ def running() -> Iterator[Stack]:
         given = os.environ.get(FAIL_POINTS_DIR)
         os.environ[FAIL_POINTS_DIR] = str(fail_points)
         try:
-            control.up(ours, say=lambda _: None)
-        finally:
-            if given is None:
-                del os.environ[FAIL_POINTS_DIR]
-            else:
-                os.environ[FAIL_POINTS_DIR] = given
-        try:
+            try:
+                control.up(ours, say=lambda _: None)
+            finally:
+                if given is None:
+                    del os.environ[FAIL_POINTS_DIR]
+                else:
+                    os.environ[FAIL_POINTS_DIR] = given
             profile = Profile.load(ours.local_dir / "profile.json")
             with Client(profile.endpoints, profile.keys["platform"], profile.ca.read_bytes()) as platform:
                 yield Stack(ours, profile, platform)
