@@ -18,7 +18,7 @@ CHECKED := $(wildcard libs services clients deploy)
 FORMATTED := $(wildcard libs services clients deploy tests bench demo)
 BUF_CONFIG := $(firstword $(wildcard protos/buf.yaml buf.yaml))
 
-.PHONY: help setup lock gen up down status clean logs demo test test-unit test-contract test-integration test-e2e \
+.PHONY: help setup lock gen up down status clean logs compose-env demo test test-unit test-contract test-integration test-e2e \
 	bench lint format
 
 help: ## list the targets
@@ -57,6 +57,9 @@ clean: $(SETUP) ## down, and remove the data
 
 logs: $(SETUP) ## the end of the logs (L="registry kafka" for some, FOLLOW=1 to go on)
 	@$(PY) -m deploy.local logs $(if $(FOLLOW),--follow) $(L)
+
+compose-env: $(SETUP) ## secrets for docker-compose.yml, made once (then: docker compose up --build --wait)
+	@$(PY) -m deploy.container.environment
 
 demo: up ## a rollout to a simulated fleet, from outside
 	@$(PY) -m demo

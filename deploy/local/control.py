@@ -45,7 +45,7 @@ def up(settings: Settings, *, servers_only: bool = False, say: Say = print) -> N
         credentials = ensure_all(settings)
         fresh = start(settings, server_specs(settings, credentials, say), say=say)
         await_external(settings, credentials)
-        _deploy(settings, credentials, say)
+        create_topics_and_bucket(settings, credentials, say)
         if not servers_only:
             fresh = [*fresh, *start(settings, service_specs(settings, credentials), say=say)]
             _bootstrap(settings, credentials)
@@ -281,7 +281,7 @@ def await_external(settings: Settings, credentials: S3Credentials | None = None,
             time.sleep(_POLL)
 
 
-def _deploy(settings: Settings, credentials: S3Credentials, say: Say) -> None:
+def create_topics_and_bucket(settings: Settings, credentials: S3Credentials, say: Say = print) -> None:
     """Topics and bucket. Idempotent."""
     try:
         created = asyncio.run(ensure_topics(settings.kafka, settings.env, settings.partitions))

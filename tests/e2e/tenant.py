@@ -19,7 +19,7 @@ from groundswell.pki.v1 import pki_pb2
 from groundswell.registry.v1 import registry_pb2
 from groundswell.rollout.v1 import rollout_pb2
 
-from clients.sdk import Client
+from clients.sdk import ApiError, Client
 from clients.sdk.signing import generate_key, public_bytes, sign_bundle, sign_digest
 from clients.sdk.upload import Upload, upload_binary
 from demo.factory import Factory, Identity
@@ -285,6 +285,15 @@ class Tenant:
 
     def explain(self, device_id: str) -> rollout_pb2.ExplainDeviceResponse:
         return self.client.rollout.ExplainDevice(rollout_pb2.ExplainDeviceRequest(name=self.device_name(device_id)))
+
+    def runs(self, device_id: str) -> str:
+        """Version that the device last reported, as rollout knows it; empty while it has not heard of the device."""
+        try:
+            return self.explain(device_id).running.version
+        except ApiError as error:
+            if error.code != "NOT_FOUND":
+                raise
+            return ""
 
     # Rollouts.
 

@@ -148,7 +148,7 @@ BAD_BODIES: dict[str, tuple[Callable[[RawDevice], bytes], int, str]] = {
 def test_every_bad_body_is_refused_with_its_reason_and_changes_nothing(stack: Stack, home: Tenant) -> None:
     device = home.enrolled("babbler")
     # What its first check-in leaves in the log is there before the comparison begins.
-    wait_until("its running state", 20, lambda: home.explain("babbler").running.version == "1.0.0", 0.1)
+    wait_until("its running state", 20, lambda: home.runs("babbler") == "1.0.0", 0.1)
     with logs.unchanged(stack, home.organization):
         answers = {case: device.send(make(device)) for case, (make, _, _) in BAD_BODIES.items()}
     assert {case: (answer.status, answer.reason) for case, answer in answers.items()} == {
@@ -181,7 +181,7 @@ def _runs(version: str) -> dict[str, Any]:
 
 
 def _sees(tenant: Tenant, device_id: str, version: str) -> None:
-    wait_until(f"version {version}", 20, lambda: tenant.explain(device_id).running.version == version, 0.1)
+    wait_until(f"version {version}", 20, lambda: tenant.runs(device_id) == version, 0.1)
 
 
 def test_duplicate_reordered_and_replayed_check_ins_are_observed_once(stack: Stack, home: Tenant) -> None:

@@ -1,0 +1,1 @@
+"""What the container images run beside the services."""
