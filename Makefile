@@ -19,7 +19,7 @@ FORMATTED := $(wildcard libs services clients deploy tests bench demo)
 BUF_CONFIG := $(firstword $(wildcard protos/buf.yaml buf.yaml))
 
 .PHONY: help setup lock gen up down status clean logs compose-env demo test test-unit test-contract test-integration test-e2e \
-	bench lint format
+	bench lint format reference freeze-api
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,11 +82,18 @@ test-e2e: $(READY) ## all services, from outside
 bench: $(READY) ## benchmarks, each a ratio against a bare baseline of the same run
 	@$(PY) -m bench
 
-lint: $(READY) ## ruff, mypy --strict, buf lint
+lint: $(READY) ## ruff, mypy --strict, buf lint, buf breaking
 	@$(PY) -m ruff check $(FORMATTED)
 	@$(PY) -m ruff format --check $(FORMATTED)
 	@$(PY) -m mypy --strict $(CHECKED)
 	@if test -f gen/image.binpb; then .venv/bin/buf lint gen/image.binpb $(if $(BUF_CONFIG),--config $(BUF_CONFIG)); fi
+	@.venv/bin/buf breaking gen/image.binpb --against protos/released.binpb $(if $(BUF_CONFIG),--config $(BUF_CONFIG))
+
+reference: $(READY) ## write docs/reference from the comments of the protos
+	@$(PY) -m deploy.reference
+
+freeze-api: $(READY) ## make the present protos what `buf breaking` compares with: at a release, never to silence it
+	@.venv/bin/buf build gen/image.binpb --exclude-source-info -o protos/released.binpb
 
 format: $(SETUP) ## apply what ruff can
 	@$(PY) -m ruff check --fix $(FORMATTED)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from clients.cli.commands import access, artifacts, fleet, pki, releases, resources, rollouts, webhooks
+from clients.cli.commands import access, artifacts, doctor, fleet, pki, releases, resources, rollouts, webhooks
 from clients.cli.context import Session
 from clients.cli.output import show_error
 from clients.sdk import ApiError, ProfileError
@@ -64,6 +64,7 @@ releases.register(app)
 rollouts.register(app)
 webhooks.register(app)
 resources.register(app)
+doctor.register(app)
 
 
 def run() -> None:
@@ -75,7 +76,7 @@ def run() -> None:
         else "table"
     )
     try:
-        app()
+        app(prog_name="swell")
     except (ApiError, ProfileError, SigningError, UploadError, OSError) as error:
         show_error(error, form)
         sys.exit(1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clients.sdk import ApiError
@@ -59,6 +60,18 @@ class Output:
             table.add_column(column.upper(), overflow="fold")
         for row in rows:
             table.add_row(*(_cell(_dig(row, column)) for column in columns))
+        self.console.print(table if rows else "nothing found")
+
+    def rows(self, rows: Sequence[Mapping[str, str]]) -> None:
+        """A table of plain texts, all with the same keys."""
+        if self.form == "json":
+            self._json([{key or "level": text for key, text in row.items()} for row in rows])
+            return
+        table = Table(box=None, pad_edge=False)
+        for column in rows[0] if rows else ():
+            table.add_column(column.upper(), overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(text) for text in row.values()))
         self.console.print(table if rows else "nothing found")
 
     def text(self, line: str, **data: Any) -> None:
