@@ -14,8 +14,8 @@ SETUP := .venv/.installed
 GEN := gen/.generated
 # Folders are listed too: removing a proto touches its folder, so stale code goes away.
 PROTO_INPUTS := $(shell find protos -type d -o -type f -name '*.proto' 2>/dev/null)
-CHECKED := $(wildcard libs services clients deploy)
-FORMATTED := $(wildcard libs services clients deploy tests bench demo)
+CHECKED := $(wildcard libs services clients deploy examples)
+FORMATTED := $(wildcard libs services clients deploy tests bench demo examples)
 BUF_CONFIG := $(firstword $(wildcard protos/buf.yaml buf.yaml))
 
 .PHONY: help setup lock gen up down status clean logs compose-env demo test test-unit test-contract test-integration test-e2e \

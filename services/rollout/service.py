@@ -54,7 +54,9 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         if product_of(request.rollout.bundle) != request.parent:
             raise InvalidArgumentError("INVALID_FIELD", "the bundle must be of the product", field="rollout.bundle")
         bundle = await asked(self._artifacts.LookupBundle(artifacts_pb2.GetBundleRequest(name=request.rollout.bundle)))
-        await self._dry_run(name, request.rollout, bundle)
+        if name not in snapshot_state(self._runtime, name).rollouts:
+            # Of one that exists, a retry wants the first answer: its own releases are no conflict.
+            await self._dry_run(name, request.rollout, bundle)
         command = CreateRollout(name, request.rollout, bundle)
         return await submit(self._runtime, organization_of(name), command, request, context)  # type: ignore[no-any-return]
 
