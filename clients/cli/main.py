@@ -13,10 +13,11 @@ from typing import Annotated
 
 import typer
 
-from clients.cli.commands import access, artifacts, doctor, fleet, pki, releases, resources, rollouts, webhooks
+from clients.cli.commands import access, artifacts, doctor, fleet, imports, pki, releases, resources, rollouts, webhooks
 from clients.cli.context import Session
 from clients.cli.output import show_error
 from clients.sdk import ApiError, ProfileError
+from clients.sdk.device_import import CsvError
 from clients.sdk.signing import SigningError
 from clients.sdk.upload import UploadError
 
@@ -58,6 +59,7 @@ def setup(
 
 access.register(app)
 fleet.register(app)
+imports.register(app)
 pki.register(app)
 artifacts.register(app)
 releases.register(app)
@@ -77,7 +79,7 @@ def run() -> None:
     )
     try:
         app(prog_name="swell")
-    except (ApiError, ProfileError, SigningError, UploadError, OSError) as error:
+    except (ApiError, CsvError, ProfileError, SigningError, UploadError, OSError) as error:
         show_error(error, form)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -58,6 +58,11 @@ class Profile:
             raise ProfileError(f"no key named '{name}' in {self.path}; known: {', '.join(sorted(self.keys)) or 'none'}")
         return Profile(self.path, self.endpoints, self.ca, self.gateway, self.gateway_domain, self.keys, name)
 
+    def without_key(self, name: str) -> Profile:
+        """The profile without a key."""
+        keys = {known: key for known, key in self.keys.items() if known != name}
+        return Profile(self.path, self.endpoints, self.ca, self.gateway, self.gateway_domain, keys, self.current)
+
     def save(self) -> None:
         """Write it back, readable by its owner alone."""
         document = json.loads(self.path.read_text())

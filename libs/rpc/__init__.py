@@ -2,7 +2,7 @@
 
 from libs.rpc.access import KeyDirectory, KeyRecord, covers, may_grant, not_found
 from libs.rpc.client import channel, retry_unavailable
-from libs.rpc.commands import page, snapshot_state, submit
+from libs.rpc.commands import page, page_in_order, parse_filter, snapshot_state, submit
 from libs.rpc.directory import AccessDirectory
 from libs.rpc.errors import error_of, to_status
 from libs.rpc.identity import Principal, caller, read_after_tokens, report_position
@@ -22,6 +22,8 @@ __all__ = [
     "may_grant",
     "not_found",
     "page",
+    "page_in_order",
+    "parse_filter",
     "read_after_tokens",
     "report_position",
     "retry_unavailable",

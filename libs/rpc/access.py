@@ -1,5 +1,8 @@
 """Who may do what: effective right = member's role ∩ key's scopes ∩ resource prefix. Deny by default.
 
+A member has one role, a built-in one or a custom one of the organization, and a key one set of scopes under one prefix.
+So a call is judged by one triple, and grants never add up to more than one of them holds.
+
 The rules are pure functions here; where keys come from is a :class:`KeyDirectory`. A foreign organization, or a
 resource outside the key's prefix, does not exist for the caller (NOT_FOUND); in the own organization a missing right is
 named (PERMISSION_DENIED).
@@ -32,6 +35,7 @@ _OPERATE: Final = (
     "pki.*",
     "registry.devices.*",
     "registry.cohorts.*",
+    "registry.deviceImports.*",
 )
 ROLES: Final[Mapping[str, tuple[str, ...]]] = {
     "viewer": _VIEW,
@@ -60,6 +64,11 @@ class KeyRecord:
     expire_ms: int
     """0 means never."""
     revoked: bool
+    permissions: tuple[str, ...] = ()
+    """What a custom role holds; of no meaning when the role is built in."""
+    previous_sha256: bytes = b""
+    """Secret before the last rotation, taken until then; empty when there is none."""
+    previous_expire_ms: int = 0
 
 
 class KeyDirectory(Protocol):
@@ -94,7 +103,10 @@ def authenticate(credential: Credential, record: KeyRecord | None, now_ms: int) 
     """Check the secret in constant time, then the key's state."""
     digest = hashlib.sha256(credential.secret.encode()).digest()
     known = record.secret_sha256 if record is not None else bytes(32)
-    if not hmac.compare_digest(digest, known) or record is None:
+    older = record.previous_sha256 if record is not None else b""
+    current = hmac.compare_digest(digest, known)
+    previous = hmac.compare_digest(digest, older or bytes(32))
+    if record is None or not (current or (previous and older and now_ms < record.previous_expire_ms)):
         raise UnauthenticatedError("API_KEY_UNKNOWN", "this API key is not known")
     if record.revoked:
         raise UnauthenticatedError("API_KEY_REVOKED", f"{record.name} was revoked", api_key=record.name)
@@ -108,6 +120,7 @@ def authenticate(credential: Credential, record: KeyRecord | None, now_ms: int) 
         role=record.role,
         scopes=record.scopes,
         resource_prefix=record.resource_prefix,
+        permissions=record.permissions,
     )
 
 
@@ -116,11 +129,21 @@ def matches(permission: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(permission, pattern) for pattern in patterns)
 
 
-def role_allows(role: str, permission: str) -> bool:
+def patterns_of(role: str, permissions: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """What a role holds: a built-in one by its name, a custom one by its list."""
+    return ROLES.get(role, permissions if is_custom(role) else ())
+
+
+def is_custom(role: str) -> bool:
+    """Whether it is the resource name of a role of an organization's own."""
+    return role.startswith("organizations/")
+
+
+def role_allows(role: str, permission: str, permissions: tuple[str, ...] = ()) -> bool:
     """Whether a role holds a permission at all."""
     if permission in PLATFORM_ONLY and role != PLATFORM:
         return False
-    return matches(permission, ROLES.get(role, ()))
+    return matches(permission, patterns_of(role, permissions))
 
 
 def may_grant(giver: str, given: str) -> bool:
@@ -139,7 +162,7 @@ def covers(patterns: tuple[str, ...], wanted: str) -> bool:
 
 def authorize(principal: Principal, permission: str, resource: str) -> None:
     """Raise unless the principal may use the permission on the resource (empty: on none in particular)."""
-    allowed = role_allows(principal.role, permission) and matches(permission, principal.scopes)
+    allowed = role_allows(principal.role, permission, principal.permissions) and matches(permission, principal.scopes)
     if resource:
         everywhere = principal.role == PLATFORM and allowed and matches(permission, _PLATFORM_EVERYWHERE)
         _authorize_place(principal, resource, everywhere=everywhere and not principal.resource_prefix)

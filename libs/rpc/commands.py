@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
@@ -20,6 +20,8 @@ M = TypeVar("M", bound=Message)
 
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
+MAX_EXAMINED: Final = 20_000
+"""Items that one page looks at, at most: a filter that nothing matches must not hold everyone else up."""
 _CLAUSE: Final = re.compile(r'\s*([a-z_.]+)\s*(=|:)\s*("(?:[^"\\]|\\.)*"|[A-Za-z0-9_.\-]+)\s*(AND\s+|$)')
 
 
@@ -58,20 +60,35 @@ def page(items: Iterable[tuple[str, M]], request: Any) -> tuple[list[M], str]:
     ``page_size`` 0 means 100, more than 1000 means 1000; negative is an error. A filter is a list of
     ``field = value`` or ``field : value`` (has) joined by AND, over top-level string, bool, number and enum fields.
     """
+
+    def walk(after: str) -> Iterator[tuple[str, M]]:
+        return iter(sorted((item for item in items if item[0] > after), key=lambda item: item[0]))
+
+    return page_in_order(walk, request, most=0)
+
+
+def page_in_order(
+    walk: Callable[[str], Iterable[tuple[str, M]]], request: Any, *, most: int = MAX_EXAMINED
+) -> tuple[list[M], str]:
+    """As `page`, over items that ``walk(after)`` gives in the order of names: a page costs what it walks.
+
+    After ``most`` items (0: no limit) the page ends, even when the filter held for few of them: the token goes on.
+    """
     if request.page_size < 0:
         raise InvalidArgumentError("INVALID_FIELD", "page_size must not be negative", field="page_size")
     size = min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
-    after = _decode_token(request.page_token)
     clauses = parse_filter(getattr(request, "filter", ""))
-    found: list[tuple[str, M]] = []
-    for name, message in sorted(items, key=lambda item: item[0]):
-        if name <= after or not all(_holds(message, clause) for clause in clauses):
-            continue
-        found.append((name, message))
-        if len(found) > size:
-            break
-    token = _encode_token(found[size - 1][0]) if len(found) > size else ""
-    return [message for _, message in found[:size]], token
+    found: list[M] = []
+    last = ""
+    for examined, (name, message) in enumerate(walk(_decode_token(request.page_token))):
+        if most and examined >= most:
+            return found, _encode_token(last)
+        if all(_holds(message, clause) for clause in clauses):
+            if len(found) == size:
+                return found, _encode_token(last)
+            found.append(message)
+        last = name
+    return found, ""
 
 
 def _encode_token(name: str) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Final
+from typing import Final, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from groundswell.registry.v1 import events_pb2, registry_pb2, registry_pb2_grpc
 
 from libs.errors import UnavailableError
 from libs.eventlog import Foreign, partition_of
 from libs.eventlog.follower import ParkedRecord, PublicFollower
 from libs.eventlog.ports import EventLog
-from libs.rpc.access import KeyRecord
+from libs.rpc.access import KeyRecord, is_custom
 from libs.settings import Settings
 
 log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
 
 STALE_S: Final = 5.0
 """The revocation bound: what is older answers UNAVAILABLE (protocols.md section 8)."""
@@ -29,12 +32,15 @@ REGISTRY_RECORDS: Final = (
     events_pb2.MemberChanged,
     events_pb2.ApiKeyChanged,
     events_pb2.GatewayChanged,
+    events_pb2.RoleChanged,
 )
 """Every public record type of the registry."""
 
 
-def key_record(key: registry_pb2.ApiKey, member: registry_pb2.Member) -> KeyRecord:
-    """The key with its member's role."""
+def key_record(
+    key: registry_pb2.ApiKey, member: registry_pb2.Member, role: registry_pb2.Role | None = None
+) -> KeyRecord:
+    """The key with its member's role; a custom role that is not given holds nothing."""
     return KeyRecord(
         name=key.name,
         secret_sha256=key.secret_sha256,
@@ -44,6 +50,9 @@ def key_record(key: registry_pb2.ApiKey, member: registry_pb2.Member) -> KeyReco
         resource_prefix=key.resource_prefix,
         expire_ms=key.expire_time.ToMilliseconds() if key.HasField("expire_time") else 0,
         revoked=key.revoked,
+        permissions=tuple(role.permissions) if role is not None else (),
+        previous_sha256=key.previous_secret_sha256,
+        previous_expire_ms=key.previous_expire_time.ToMilliseconds() if key.HasField("previous_expire_time") else 0,
     )
 
 
@@ -57,6 +66,7 @@ class AccessDirectory:
         self._registry = registry
         self._keys: dict[str, registry_pb2.ApiKey] = {}
         self._members: dict[str, registry_pb2.Member] = {}
+        self._roles: dict[str, registry_pb2.Role] = {}
         self.follower = PublicFollower(
             log_,
             "registry",
@@ -81,33 +91,36 @@ class AccessDirectory:
         await self.follower.stop()
 
     def _apply(self, record: Foreign) -> None:
-        if isinstance(record.payload, events_pb2.ApiKeyChanged):
-            self._keys[record.resource] = record.payload.api_key
-        elif isinstance(record.payload, events_pb2.MemberChanged):
-            self._members[record.resource] = record.payload.member
+        payload = record.payload
+        if isinstance(payload, events_pb2.ApiKeyChanged):
+            self._keys[record.resource] = payload.api_key
+        elif isinstance(payload, events_pb2.MemberChanged):
+            _fold(self._members, record.resource, payload.member, gone=payload.change == "member.removed")
+        elif isinstance(payload, events_pb2.RoleChanged):
+            _fold(self._roles, record.resource, payload.role, gone=payload.change == "role.deleted")
 
     def _forget(self, record: ParkedRecord) -> None:
         """What is not understood must not be trusted as it was before: the registry is asked."""
-        if record.resource:
-            self._keys.pop(record.resource, None)
-            self._members.pop(record.resource, None)
-        else:
-            self._keys.clear()
-            self._members.clear()
+        for known in (self._keys, self._members, self._roles):
+            if record.resource:
+                known.pop(record.resource, None)
+            else:
+                known.clear()
 
     async def lookup(self, organization: str, name: str) -> KeyRecord | None:
         """The key as folded, or as the registry says when it is not here yet."""
         lag = self.follower.lag_s(partition_of(organization, self._partitions))
         key = self._keys.get(name)
         member = self._members.get(key.member) if key is not None else None
-        if key is None or member is None:
+        role = self._roles.get(member.role) if member is not None else None
+        if key is None or member is None or (role is None and is_custom(member.role)):
             return await self._ask(name)
         if lag > STALE_S:
             shown = "unknown" if math.isinf(lag) else f"{lag:.1f} s"
             raise UnavailableError(
                 "ACCESS_VIEW_STALE", f"the view of API keys is behind ({shown}): try again", retry_after_s=0.5
             )
-        return key_record(key, member)
+        return key_record(key, member, role)
 
     async def _ask(self, name: str) -> KeyRecord | None:
         try:
@@ -116,4 +129,11 @@ class AccessDirectory:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 return None
             raise UnavailableError("REGISTRY_UNAVAILABLE", "the registry cannot be asked about an API key") from error
-        return key_record(answer.api_key, answer.member)
+        return key_record(answer.api_key, answer.member, answer.role if answer.HasField("role") else None)
+
+
+def _fold(known: dict[str, M], name: str, image: M, *, gone: bool) -> None:
+    if gone:
+        known.pop(name, None)
+    else:
+        known[name] = image

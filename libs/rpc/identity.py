@@ -25,6 +25,8 @@ class Principal:
     resource_prefix: str = ""
     service: str = ""
     """Name of the service, empty for a key."""
+    permissions: tuple[str, ...] = ()
+    """What the member's custom role holds; of no meaning when the role is built in."""
 
 
 _caller: ContextVar[Principal | None] = ContextVar("caller", default=None)

@@ -11,6 +11,7 @@ from libs.rpc import RpcServer
 from libs.settings import Settings
 from services.registry.domain import Quotas, Registry
 from services.registry.service import OwnKeys, RegistryInternalServicer, RegistryServicer
+from services.registry.tasks import HANDLERS
 
 
 async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer:
@@ -28,6 +29,7 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
         Registry(quotas),
         log,
         RuntimeConfig(env=settings.env, partitions=settings.partitions, address=settings.registry_internal),
+        HANDLERS,
     )
     return RpcServer(
         settings,

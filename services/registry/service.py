@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
+from groundswell.registry.v1 import device_imports_pb2 as imports_pb
 from groundswell.registry.v1 import registry_pb2 as pb
 from groundswell.registry.v1 import registry_pb2_grpc
 
 from libs.eventlog import Runtime
 from libs.names import is_within, last_segment, organization_of
-from libs.rpc import caller, not_found, page, report_position, snapshot_state, submit
+from libs.rpc import caller, not_found, page, page_in_order, report_position, snapshot_state, submit
 from libs.rpc.access import PLATFORM, KeyRecord
-from services.registry import domain
+from services.registry import domain, views
 from services.registry.domain import State, find
 from services.registry.domain.rules import invalid
 from services.registry.domain.state import Shelves, known_key, shelf
@@ -82,6 +83,10 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         organizations, token = page(found, request)
         return pb.ListOrganizationsResponse(organizations=organizations, next_page_token=token)
 
+    async def UpdateOrganization(self, request: pb.UpdateOrganizationRequest, context: Any) -> Any:
+        command = domain.UpdateOrganization(request.organization, tuple(request.update_mask.paths))
+        return await self._do(request.organization.name, command, request, context)
+
     async def CreateProduct(self, request: pb.CreateProductRequest, context: Any) -> Any:
         command = domain.CreateProduct(request.parent, request.product_id, request.product)
         return await self._do(request.parent, command, request, context)
@@ -99,6 +104,14 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         command = domain.UpdateProduct(request.product, tuple(request.update_mask.paths))
         return await self._do(request.product.name, command, request, context)
 
+    async def ArchiveProduct(self, request: pb.ArchiveProductRequest, context: Any) -> Any:
+        command = domain.ArchiveProduct(request.name, request.etag, archived=True)
+        return await self._do(request.name, command, request, context)
+
+    async def UnarchiveProduct(self, request: pb.UnarchiveProductRequest, context: Any) -> Any:
+        command = domain.ArchiveProduct(request.name, request.etag, archived=False)
+        return await self._do(request.name, command, request, context)
+
     async def CreateCohort(self, request: pb.CreateCohortRequest, context: Any) -> Any:
         command = domain.CreateCohort(request.parent, request.cohort_id, request.cohort)
         return await self._do(request.parent, command, request, context)
@@ -112,6 +125,10 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         cohorts, token = page(_items(state.cohorts, f"{request.parent}/cohorts"), request)
         return pb.ListCohortsResponse(cohorts=cohorts, next_page_token=token)
 
+    async def UpdateCohort(self, request: pb.UpdateCohortRequest, context: Any) -> Any:
+        command = domain.UpdateCohort(request.cohort, tuple(request.update_mask.paths))
+        return await self._do(request.cohort.name, command, request, context)
+
     async def CreateDevice(self, request: pb.CreateDeviceRequest, context: Any) -> Any:
         command = domain.CreateDevice(request.parent, request.device_id, request.device)
         return await self._do(request.parent, command, request, context)
@@ -122,12 +139,15 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     async def ListDevices(self, request: pb.ListDevicesRequest, context: Any) -> Any:
         state = self._state(request.parent)
         _found(find(state.products, request.parent), request.parent)
-        devices, token = page(_items(state.devices, f"{request.parent}/devices"), request)
+        devices, token = page_in_order(views.devices(state, request), request)
         return pb.ListDevicesResponse(devices=devices, next_page_token=token)
 
     async def UpdateDevice(self, request: pb.UpdateDeviceRequest, context: Any) -> Any:
         command = domain.UpdateDevice(request.device, tuple(request.update_mask.paths))
         return await self._do(request.device.name, command, request, context)
+
+    async def BatchUpdateDevices(self, request: pb.BatchUpdateDevicesRequest, context: Any) -> Any:
+        return await self._do(request.parent, domain.BatchUpdateDevices(request), request, context)
 
     async def RetireDevice(self, request: pb.RetireDeviceRequest, context: Any) -> Any:
         return await self._do(request.name, domain.RetireDevice(request.name, request.etag), request, context)
@@ -143,6 +163,33 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         members, token = page(_items(self._state(request.parent).members, f"{request.parent}/members"), request)
         return pb.ListMembersResponse(members=members, next_page_token=token)
 
+    async def UpdateMember(self, request: pb.UpdateMemberRequest, context: Any) -> Any:
+        command = domain.UpdateMember(request.member, tuple(request.update_mask.paths))
+        return await self._do(request.member.name, command, request, context)
+
+    async def DeleteMember(self, request: pb.DeleteMemberRequest, context: Any) -> Any:
+        command = domain.DeleteMember(request.name, request.etag)
+        return await self._do(request.name, command, request, context)
+
+    async def CreateRole(self, request: pb.CreateRoleRequest, context: Any) -> Any:
+        command = domain.CreateRole(request.parent, request.role_id, request.role)
+        return await self._do(request.parent, command, request, context)
+
+    async def GetRole(self, request: pb.GetRoleRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).roles, request.name), request.name)
+
+    async def ListRoles(self, request: pb.ListRolesRequest, context: Any) -> Any:
+        roles, token = page(_items(self._state(request.parent).roles, f"{request.parent}/roles"), request)
+        return pb.ListRolesResponse(roles=roles, next_page_token=token)
+
+    async def UpdateRole(self, request: pb.UpdateRoleRequest, context: Any) -> Any:
+        command = domain.UpdateRole(request.role, tuple(request.update_mask.paths))
+        return await self._do(request.role.name, command, request, context)
+
+    async def DeleteRole(self, request: pb.DeleteRoleRequest, context: Any) -> Any:
+        command = domain.DeleteRole(request.name, request.etag)
+        return await self._do(request.name, command, request, context)
+
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: Any) -> Any:
         command = domain.CreateApiKey(request.parent, request.api_key_id, request.api_key)
         return await self._do(request.parent, command, request, context)
@@ -153,6 +200,15 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: Any) -> Any:
         keys, token = page(_items(self._state(request.parent).api_keys, f"{request.parent}/apiKeys"), request)
         return pb.ListApiKeysResponse(api_keys=keys, next_page_token=token)
+
+    async def UpdateApiKey(self, request: pb.UpdateApiKeyRequest, context: Any) -> Any:
+        command = domain.UpdateApiKey(request.api_key, tuple(request.update_mask.paths))
+        return await self._do(request.api_key.name, command, request, context)
+
+    async def RotateApiKey(self, request: pb.RotateApiKeyRequest, context: Any) -> Any:
+        overlap = request.overlap.ToMilliseconds() if request.HasField("overlap") else None
+        command = domain.RotateApiKey(request.name, request.secret_sha256, overlap, request.etag)
+        return await self._do(request.name, command, request, context)
 
     async def RevokeApiKey(self, request: pb.RevokeApiKeyRequest, context: Any) -> Any:
         return await self._do(request.name, domain.RevokeApiKey(request.name, request.etag), request, context)
@@ -167,6 +223,50 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     async def ListGateways(self, request: pb.ListGatewaysRequest, context: Any) -> Any:
         gateways, token = page(_items(self._state(request.parent).gateways, f"{request.parent}/gateways"), request)
         return pb.ListGatewaysResponse(gateways=gateways, next_page_token=token)
+
+    async def UpdateGateway(self, request: pb.UpdateGatewayRequest, context: Any) -> Any:
+        command = domain.UpdateGateway(request.gateway, tuple(request.update_mask.paths))
+        return await self._do(request.gateway.name, command, request, context)
+
+    async def CreateDeviceImport(self, request: imports_pb.CreateDeviceImportRequest, context: Any) -> Any:
+        command = domain.CreateDeviceImport(request.parent, request.device_import_id, request.device_import)
+        return await self._do(request.parent, command, request, context)
+
+    async def GetDeviceImport(self, request: imports_pb.GetDeviceImportRequest, context: Any) -> Any:
+        return _found(find(self._state(request.name).imports, request.name), request.name)
+
+    async def ListDeviceImports(self, request: imports_pb.ListDeviceImportsRequest, context: Any) -> Any:
+        state = self._state(request.parent)
+        _found(find(state.products, request.parent), request.parent)
+        found, token = page(_items(state.imports, f"{request.parent}/deviceImports"), request)
+        return imports_pb.ListDeviceImportsResponse(device_imports=found, next_page_token=token)
+
+    async def AppendDeviceImportRows(self, request: imports_pb.AppendDeviceImportRowsRequest, context: Any) -> Any:
+        command = domain.AppendDeviceImportRows(request.name, request.first_row, tuple(request.rows))
+        return await self._do(request.name, command, request, context)
+
+    async def ValidateDeviceImport(self, request: imports_pb.ValidateDeviceImportRequest, context: Any) -> Any:
+        command = domain.ValidateDeviceImport(request.name, request.etag)
+        return await self._do(request.name, command, request, context)
+
+    async def ListDeviceImportVerdicts(self, request: imports_pb.ListDeviceImportVerdictsRequest, context: Any) -> Any:
+        state = self._state(request.parent)
+        image = _found(find(state.imports, request.parent), request.parent)
+        walk = views.verdicts(state, image, all_rows=request.all_rows)
+        verdicts, token = page_in_order(walk, request)
+        return imports_pb.ListDeviceImportVerdictsResponse(verdicts=verdicts, next_page_token=token)
+
+    async def CommitDeviceImport(self, request: imports_pb.CommitDeviceImportRequest, context: Any) -> Any:
+        command = domain.CommitDeviceImport(request.name, request.etag, request.skip_problems)
+        return await self._do(request.name, command, request, context)
+
+    async def CancelDeviceImport(self, request: imports_pb.CancelDeviceImportRequest, context: Any) -> Any:
+        command = domain.CancelDeviceImport(request.name, request.etag, request.reason)
+        return await self._do(request.name, command, request, context)
+
+    async def DeleteDeviceImport(self, request: imports_pb.DeleteDeviceImportRequest, context: Any) -> Any:
+        command = domain.DeleteDeviceImport(request.name, request.etag)
+        return await self._do(request.name, command, request, context)
 
 
 class RegistryInternalServicer(registry_pb2_grpc.RegistryInternalServiceServicer):
@@ -209,7 +309,8 @@ class RegistryInternalServicer(registry_pb2_grpc.RegistryInternalServiceServicer
     async def LookupApiKey(self, request: pb.LookupApiKeyRequest, context: Any) -> Any:
         state = self._state(request.name)
         key = _found(find(state.api_keys, request.name), request.name)
-        return pb.LookupApiKeyResponse(api_key=key, member=_found(find(state.members, key.member), key.member))
+        member = _found(find(state.members, key.member), key.member)
+        return pb.LookupApiKeyResponse(api_key=key, member=member, role=find(state.roles, member.role))
 
     async def EnrolGateway(self, request: pb.CreateGatewayRequest, context: Any) -> Any:
         if last_segment(request.parent) != PLATFORM:

@@ -151,6 +151,7 @@ class Releases:
             registry_events.MemberChanged,
             registry_events.ApiKeyChanged,
             registry_events.GatewayChanged,
+            registry_events.RoleChanged,
         ),
         "artifacts": (artifacts_events.SigningKeyChanged, artifacts_events.BundleChanged),
         "rollout": (rollout_events.RolloutChanged, rollout_events.AttemptChanged, rollout_events.DeviceReported),

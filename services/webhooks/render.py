@@ -25,7 +25,7 @@ from libs.eventlog.ports import Record
 VERSION: Final = 1
 MAX_BODY: Final = 64 * 1024
 SOURCES: Final = ("registry", "pki", "artifacts", "releases", "rollout")
-_SECRET_FIELDS: Final = frozenset({"secretSha256"})
+_SECRET_FIELDS: Final = frozenset({"secretSha256", "previousSecretSha256"})
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 TYPES: Final[dict[str, type[Message]]] = types_by_name(
@@ -37,6 +37,7 @@ TYPES: Final[dict[str, type[Message]]] = types_by_name(
         registry_events.MemberChanged,
         registry_events.ApiKeyChanged,
         registry_events.GatewayChanged,
+        registry_events.RoleChanged,
         pki_events.CaCertificateChanged,
         pki_events.DeviceCertificateChanged,
         artifacts_events.SigningKeyChanged,

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 from groundswell.artifacts.v1 import artifacts_pb2 as artifacts
 from groundswell.audit.v1 import audit_pb2
 from groundswell.pki.v1 import pki_pb2 as pki
+from groundswell.registry.v1 import device_imports_pb2 as device_imports
 from groundswell.registry.v1 import registry_pb2 as registry
 from groundswell.releases.v1 import releases_pb2 as releases
 from groundswell.rollout.v1 import rollout_pb2 as rollout
@@ -60,6 +61,17 @@ KINDS: Final = (
         "product",
         ("identifier", "cohort", "reported.version", "quarantined", "state"),
     ),
+    Kind(
+        "deviceImports",
+        "registry",
+        "DeviceImport",
+        "DeviceImports",
+        device_imports,
+        "device_imports",
+        "product",
+        ("name", "state", "row_count", "problem_count", "created_count"),
+    ),
+    Kind("roles", "registry", "Role", "Roles", registry, "roles", "organization", ("name", "permissions")),
     Kind("members", "registry", "Member", "Members", registry, "members", "organization", ("name", "role")),
     Kind(
         "apiKeys",

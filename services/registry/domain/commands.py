@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from groundswell.registry.v1 import device_imports_pb2 as imports_pb
 from groundswell.registry.v1 import registry_pb2 as pb
 
 
@@ -138,3 +139,162 @@ class EnrolGateway:
 
     gateway_id: str
     public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOrganization:
+    """New values for the fields that the mask names."""
+
+    organization: pb.Organization
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveProduct:
+    """Out of use, or into use again."""
+
+    name: str
+    etag: str
+    archived: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateCohort:
+    """New values for the fields that the mask names."""
+
+    cohort: pb.Cohort
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchUpdateDevices:
+    """The same change for many devices of a product."""
+
+    request: pb.BatchUpdateDevicesRequest
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateMember:
+    """New values for the fields that the mask names."""
+
+    member: pb.Member
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteMember:
+    """Out of the organization, with all keys."""
+
+    name: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRole:
+    """A role of the organization's own."""
+
+    parent: str
+    role_id: str
+    role: pb.Role
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRole:
+    """New values for the fields that the mask names."""
+
+    role: pb.Role
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteRole:
+    """A role that nobody has."""
+
+    name: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateApiKey:
+    """New values for the fields that the mask names."""
+
+    api_key: pb.ApiKey
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RotateApiKey:
+    """A new secret; the old one is taken for a while longer."""
+
+    name: str
+    secret_sha256: bytes
+    overlap_ms: int | None
+    """None means the default."""
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateGateway:
+    """New values for the fields that the mask names."""
+
+    gateway: pb.Gateway
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CreateDeviceImport:
+    """An import that takes rows."""
+
+    parent: str
+    device_import_id: str
+    device_import: imports_pb.DeviceImport
+
+
+@dataclass(frozen=True, slots=True)
+class AppendDeviceImportRows:
+    """Rows at their index; those that are there already change nothing."""
+
+    name: str
+    first_row: int
+    rows: tuple[imports_pb.DeviceImportRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateDeviceImport:
+    """Judge all rows."""
+
+    name: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitDeviceImport:
+    """Make devices of all rows."""
+
+    name: str
+    etag: str
+    skip_problems: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CancelDeviceImport:
+    """Stop; what was made stays."""
+
+    name: str
+    etag: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteDeviceImport:
+    """Forget an import that has ended."""
+
+    name: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdvanceDeviceImport:
+    """The next run of rows, from a task."""
+
+    name: str

@@ -1,15 +1,14 @@
-"""The registry's decisions.
+"""The registry's decisions: organizations, products and cohorts here, everything else in a module of its own.
 
 Rules: an organization id is unique and `platform` is reserved; a device's identifier is unique in its organization, for
-ever; a device's cohort belongs to its product; retired and revoked are final; nobody gives a role, a scope or a reach
-that they lack; the last key of an owner cannot be revoked. Devices made for certificates live in `devices`.
+ever; a device's cohort belongs to its product; retired and revoked are final; a product is archived only when it has no
+devices left. Who may give what is in `access`, devices are in `devices`, `quarantine` and `imports`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf.message import Message
 from groundswell.registry.v1 import events_pb2 as ev
@@ -17,24 +16,30 @@ from groundswell.registry.v1 import registry_pb2 as pb
 from groundswell.rollout.v1 import events_pb2 as rollout_events
 
 from libs.errors import AlreadyExistsError, FailedPreconditionError, check_etag
-from libs.eventlog import Context, Decision, Event, Foreign, NewEvent, Public
+from libs.eventlog import Context, Decision, Event, Foreign, NewEvent, Public, TimerFired
 from libs.names import organization_of
-from libs.rpc.access import PLATFORM, covers, not_found
+from libs.rpc.access import PLATFORM, not_found
+from services.registry.domain import access, devices, gateways, imports, quarantine, rules
 from services.registry.domain import commands as ask
-from services.registry.domain import devices, rules
 from services.registry.domain.devices import existing, next_etag, refuse_existing
+from services.registry.domain.policy import PRODUCT_FIELDS, clean_policy
 from services.registry.domain.rules import Quotas, check_quota, check_text, invalid, timestamp
-from services.registry.domain.state import State, evolve, find, known_key, shelf
+from services.registry.domain.state import State, evolve, find, shelf
+
+ORGANIZATION_FIELDS: Final = ("display_name",)
+COHORT_FIELDS: Final = ("display_name", "description", "labels")
 
 Decider = Callable[[State, Any, Context, Quotas], Decision]
 
 
 def _organization_event(organization: pb.Organization, change: str) -> NewEvent:
     image = ev.OrganizationChanged(organization=organization, change=change)
+    created = change == "organization.created"
+    kind = ev.OrganizationCreated if created else ev.OrganizationSaved
     return NewEvent(
         organization_of(organization.name),
         organization.name,
-        ev.OrganizationCreated(organization=organization),
+        kind(organization=organization),
         (Public(organization.name, image),),
     )
 
@@ -46,22 +51,10 @@ def _product_event(product: pb.Product, change: str) -> NewEvent:
     )
 
 
-def _member_event(member: pb.Member, change: str) -> NewEvent:
-    image = ev.MemberChanged(member=member, change=change)
+def _cohort_event(cohort: pb.Cohort, change: str) -> NewEvent:
+    image = ev.CohortChanged(cohort=cohort, change=change)
     return NewEvent(
-        organization_of(member.name), member.name, ev.MemberSaved(member=member), (Public(member.name, image),)
-    )
-
-
-def _key_event(key: pb.ApiKey, change: str) -> NewEvent:
-    image = ev.ApiKeyChanged(api_key=key, change=change)
-    return NewEvent(organization_of(key.name), key.name, ev.ApiKeySaved(api_key=key), (Public(key.name, image),))
-
-
-def _gateway_event(gateway: pb.Gateway, change: str) -> NewEvent:
-    image = ev.GatewayChanged(gateway=gateway, change=change)
-    return NewEvent(
-        organization_of(gateway.name), gateway.name, ev.GatewaySaved(gateway=gateway), (Public(gateway.name, image),)
+        organization_of(cohort.name), cohort.name, ev.CohortSaved(cohort=cohort), (Public(cohort.name, image),)
     )
 
 
@@ -104,7 +97,7 @@ def _bootstrap(state: State, command: ask.Bootstrap, ctx: Context, _quotas: Quot
         replaced.CopyFrom(found)
         replaced.secret_sha256 = command.secret_sha256
         replaced.etag = next_etag(ctx, found.name)
-        return Decision((_key_event(replaced, "api_key.updated"),), pb.BootstrapResponse(api_key=replaced))
+        return Decision((access.key_event(replaced, "api_key.updated"),), pb.BootstrapResponse(api_key=replaced))
     if name in state.organizations:
         raise AlreadyExistsError("ALREADY_BOOTSTRAPPED", "the platform has a key of another id", resource=name)
     organization, member, key = _founding(
@@ -113,8 +106,8 @@ def _bootstrap(state: State, command: ask.Bootstrap, ctx: Context, _quotas: Quot
     return Decision(
         events=(
             _organization_event(organization, "organization.created"),
-            _member_event(member, "member.created"),
-            _key_event(key, "api_key.created"),
+            access.member_event(member, "member.created"),
+            access.key_event(key, "api_key.created"),
         ),
         result=pb.BootstrapResponse(api_key=key),
     )
@@ -131,8 +124,8 @@ def _create_organization(state: State, command: ask.CreateOrganization, ctx: Con
     return Decision(
         events=(
             _organization_event(organization, "organization.created"),
-            _member_event(member, "member.created"),
-            _key_event(key, "api_key.created"),
+            access.member_event(member, "member.created"),
+            access.key_event(key, "api_key.created"),
         ),
         result=organization,
     )
@@ -154,16 +147,16 @@ def _create_product(state: State, command: ask.CreateProduct, ctx: Context, quot
         create_time=timestamp(ctx.now_ms),
         etag=next_etag(ctx, name),
     )
-    rules.clean_policy(product.policy)
+    clean_policy(product.policy)
     return Decision(events=(_product_event(product, "product.created"),), result=product)
 
 
 def _update_product(state: State, command: ask.UpdateProduct, ctx: Context, _quotas: Quotas) -> Decision:
     current = existing(state.products, command.product.name)
     check_etag(command.product.etag, current.etag, current.name)
-    changed = rules.masked(current, command.product, command.paths, rules.PRODUCT_FIELDS, "a product")
+    changed = rules.masked(current, command.product, command.paths, PRODUCT_FIELDS, "a product")
     check_text("product.display_name", changed.display_name, rules.NAME_LIMIT)
-    rules.clean_policy(changed.policy)
+    clean_policy(changed.policy)
     if changed == current:
         return Decision(result=current)
     changed.etag = next_etag(ctx, current.name)
@@ -171,168 +164,118 @@ def _update_product(state: State, command: ask.UpdateProduct, ctx: Context, _quo
 
 
 def _create_cohort(state: State, command: ask.CreateCohort, ctx: Context, quotas: Quotas) -> Decision:
-    existing(state.products, command.parent)
+    devices.open_product(state, command.parent)
     name = f"{command.parent}/cohorts/{command.cohort_id}"
     cohorts = shelf(state.cohorts, f"{command.parent}/cohorts")
     refuse_existing(cohorts, name)
-    check_text("cohort.display_name", command.cohort.display_name, rules.NAME_LIMIT)
+    _check_cohort(command.cohort)
     check_quota("cohorts", len(cohorts), quotas.cohorts)
     cohort = pb.Cohort(
         name=name,
         uid=ctx.new_uuid("cohort"),
         display_name=command.cohort.display_name,
+        description=command.cohort.description,
+        labels=command.cohort.labels,
         create_time=timestamp(ctx.now_ms),
         etag=next_etag(ctx, name),
     )
-    image = ev.CohortChanged(cohort=cohort, change="cohort.created")
-    event = NewEvent(ctx.organization, name, ev.CohortSaved(cohort=cohort), (Public(name, image),))
-    return Decision(events=(event,), result=cohort)
+    return Decision(events=(_cohort_event(cohort, "cohort.created"),), result=cohort)
 
 
-def _create_member(state: State, command: ask.CreateMember, ctx: Context, quotas: Quotas) -> Decision:
-    rules.check_role(known_key(state, ctx.principal), command.member.role, "member.role")
-    check_text("member.display_name", command.member.display_name, rules.NAME_LIMIT)
-    name = f"{command.parent}/members/{command.member_id}"
-    members = shelf(state.members, f"{command.parent}/members")
-    refuse_existing(members, name)
-    check_quota("members", len(members), quotas.members)
-    member = pb.Member(
-        name=name,
-        role=command.member.role,
-        display_name=command.member.display_name,
-        create_time=timestamp(ctx.now_ms),
-        etag=next_etag(ctx, name),
-    )
-    return Decision(events=(_member_event(member, "member.created"),), result=member)
+def _check_cohort(cohort: pb.Cohort) -> None:
+    check_text("cohort.display_name", cohort.display_name, rules.NAME_LIMIT)
+    check_text("cohort.description", cohort.description, rules.TEXT_LIMIT)
+    rules.check_labels(cohort.labels)
 
 
-def _create_api_key(state: State, command: ask.CreateApiKey, ctx: Context, quotas: Quotas) -> Decision:
-    wanted = command.api_key
-    giver = known_key(state, ctx.principal)
-    if len(wanted.secret_sha256) != hashlib.sha256().digest_size:
-        raise invalid("api_key.secret_sha256", "must be the 32 bytes of the secret's SHA-256")
-    if wanted.HasField("expire_time") and wanted.expire_time.ToMilliseconds() <= ctx.now_ms:
-        raise invalid("api_key.expire_time", "has passed already")
-    member_name = wanted.member or (giver.member if giver else "")
-    member = find(state.members, member_name)
-    if member is None or not member_name.startswith(f"{command.parent}/members/"):
-        raise not_found(member_name)
-    rules.check_role(giver, member.role, "api_key.member")
-    rules.check_scopes(giver, wanted.scopes, wanted.resource_prefix, ctx.organization)
-    name = f"{command.parent}/apiKeys/{command.api_key_id}"
-    keys = shelf(state.api_keys, f"{command.parent}/apiKeys")
-    refuse_existing(keys, name)
-    check_quota("api_keys", sum(not key.revoked for key in keys.values()), quotas.api_keys)
-    key = pb.ApiKey(
-        name=name,
-        member=member_name,
-        scopes=sorted(set(wanted.scopes)),
-        resource_prefix=wanted.resource_prefix,
-        secret_sha256=wanted.secret_sha256,
-        create_time=timestamp(ctx.now_ms),
-        etag=next_etag(ctx, name),
-    )
-    if wanted.HasField("expire_time"):
-        key.expire_time.CopyFrom(wanted.expire_time)
-    return Decision(events=(_key_event(key, "api_key.created"),), result=key)
+def _update_organization(state: State, command: ask.UpdateOrganization, ctx: Context, _quotas: Quotas) -> Decision:
+    current = state.organizations.get(command.organization.name)
+    if current is None:
+        raise not_found(command.organization.name)
+    check_etag(command.organization.etag, current.etag, current.name)
+    changed = rules.masked(current, command.organization, command.paths, ORGANIZATION_FIELDS, "an organization")
+    check_text("organization.display_name", changed.display_name, rules.NAME_LIMIT)
+    if changed == current:
+        return Decision(result=current)
+    changed.etag = next_etag(ctx, current.name)
+    return Decision(events=(_organization_event(changed, "organization.updated"),), result=changed)
 
 
-def _revoke_api_key(state: State, command: ask.RevokeApiKey, ctx: Context, _quotas: Quotas) -> Decision:
-    current = existing(state.api_keys, command.name)
-    if current.revoked:
+def _archive_product(state: State, command: ask.ArchiveProduct, ctx: Context, _quotas: Quotas) -> Decision:
+    """Out of use, or into use again; a repeat changes nothing."""
+    current = existing(state.products, command.name)
+    if current.archived == command.archived:
         return Decision(result=current)
     check_etag(command.etag, current.etag, current.name)
-    target = known_key(state, command.name)
-    if target is not None and command.name != ctx.principal:
-        rules.check_role(known_key(state, ctx.principal), target.role, "name")
-    if _governs(state, command.name) and not any(
-        _governs(state, name) for name in shelf(state.api_keys, command.name.rpartition("/")[0]) if name != command.name
-    ):
+    devices_left = state.active_devices.get(command.name, 0)
+    if command.archived and devices_left:
         raise FailedPreconditionError(
-            "LAST_OWNER_KEY",
-            f"{command.name} is the last key of an owner: without it nobody could manage the organization",
+            "PRODUCT_HAS_DEVICES",
+            f"{command.name} has {devices_left} devices that are not retired: retire them first",
             resource=command.name,
+            devices=devices_left,
         )
-    revoked = pb.ApiKey()
-    revoked.CopyFrom(current)
-    revoked.revoked = True
-    revoked.etag = next_etag(ctx, command.name)
-    return Decision(events=(_key_event(revoked, "api_key.revoked"),), result=revoked)
+    changed = pb.Product()
+    changed.CopyFrom(current)
+    changed.archived = command.archived
+    changed.etag = next_etag(ctx, current.name)
+    change = "product.archived" if command.archived else "product.unarchived"
+    return Decision(events=(_product_event(changed, change),), result=changed)
 
 
-def _governs(state: State, name: str) -> bool:
-    """Whether a key can manage its organization for ever."""
-    key = known_key(state, name)
-    return (
-        key is not None
-        and not key.revoked
-        and key.role == "owner"
-        and not key.expire_ms
-        and not key.resource_prefix
-        and covers(key.scopes, "registry.apiKeys.create")
-    )
+def _update_cohort(state: State, command: ask.UpdateCohort, ctx: Context, _quotas: Quotas) -> Decision:
+    current = existing(state.cohorts, command.cohort.name)
+    check_etag(command.cohort.etag, current.etag, current.name)
+    changed = rules.masked(current, command.cohort, command.paths, COHORT_FIELDS, "a cohort")
+    _check_cohort(changed)
+    if changed == current:
+        return Decision(result=current)
+    changed.etag = next_etag(ctx, current.name)
+    return Decision(events=(_cohort_event(changed, "cohort.updated"),), result=changed)
 
 
-def _new_gateway(state: State, name: str, public_key: bytes, ctx: Context, quotas: Quotas) -> pb.Gateway:
-    if len(public_key) != 32:
-        raise invalid("gateway.public_key", "must be a raw Ed25519 public key of 32 bytes")
-    gateways = shelf(state.gateways, name.rpartition("/")[0])
-    refuse_existing(gateways, name)
-    key_id = hashlib.sha256(public_key).hexdigest()
-    if any(gateway.key_id == key_id for gateway in gateways.values()):
-        raise AlreadyExistsError("GATEWAY_KEY_TAKEN", "another gateway has this key", key_id=key_id)
-    check_quota("gateways", len(gateways), quotas.gateways)
-    return pb.Gateway(
-        name=name,
-        public_key=public_key,
-        key_id=key_id,
-        create_time=timestamp(ctx.now_ms),
-        etag=next_etag(ctx, name),
-    )
-
-
-def _create_gateway(state: State, command: ask.CreateGateway, ctx: Context, quotas: Quotas) -> Decision:
-    if command.parent not in state.organizations:
-        raise not_found(command.parent)
-    name = f"{command.parent}/gateways/{command.gateway_id}"
-    gateway = _new_gateway(state, name, command.gateway.public_key, ctx, quotas)
-    return Decision(events=(_gateway_event(gateway, "gateway.created"),), result=gateway)
-
-
-def _enrol_gateway(state: State, command: ask.EnrolGateway, ctx: Context, quotas: Quotas) -> Decision:
-    """The platform's own gateways; they may come before the platform is bootstrapped."""
-    name = f"organizations/{PLATFORM}/gateways/{command.gateway_id}"
-    found = find(state.gateways, name)
-    if found is not None:
-        if found.public_key != command.public_key:
-            raise AlreadyExistsError(
-                "GATEWAY_KEY_CONFLICT",
-                f"{name} has another key: give this gateway an id of its own",
-                resource=name,
-                key_id=found.key_id,
-            )
-        return Decision(result=found)
-    gateway = _new_gateway(state, name, command.public_key, ctx, quotas)
-    return Decision(events=(_gateway_event(gateway, "gateway.created"),), result=gateway)
+def _timer_fired(state: State, fired: TimerFired, ctx: Context, _quotas: Quotas) -> Decision:
+    end = {quarantine.TIMER_KIND: quarantine.ended, imports.TIMER_KIND: imports.expired}[fired.kind]
+    return end(state, fired.payload.decode(), ctx)
 
 
 _DECIDERS: Mapping[type, Decider] = {
     ask.Bootstrap: _bootstrap,
     ask.CreateOrganization: _create_organization,
+    ask.UpdateOrganization: _update_organization,
     ask.CreateProduct: _create_product,
     ask.UpdateProduct: _update_product,
+    ask.ArchiveProduct: _archive_product,
     ask.CreateCohort: _create_cohort,
-    ask.CreateMember: _create_member,
-    ask.CreateApiKey: _create_api_key,
-    ask.RevokeApiKey: _revoke_api_key,
-    ask.CreateGateway: _create_gateway,
-    ask.EnrolGateway: _enrol_gateway,
+    ask.UpdateCohort: _update_cohort,
+    ask.CreateMember: access.create_member,
+    ask.UpdateMember: access.update_member,
+    ask.DeleteMember: access.delete_member,
+    ask.CreateRole: access.create_role,
+    ask.UpdateRole: access.update_role,
+    ask.DeleteRole: access.delete_role,
+    ask.CreateApiKey: access.create_api_key,
+    ask.UpdateApiKey: access.update_api_key,
+    ask.RotateApiKey: access.rotate_api_key,
+    ask.RevokeApiKey: access.revoke_api_key,
+    ask.CreateGateway: gateways.create,
+    ask.UpdateGateway: gateways.update,
+    ask.EnrolGateway: gateways.enrol,
     ask.CreateDevice: devices.create,
     ask.UpdateDevice: devices.update,
+    ask.BatchUpdateDevices: devices.batch_update,
     ask.RetireDevice: devices.retire,
     ask.ProvisionDevice: devices.provision,
     ask.UndoProvisioning: devices.undo_provisioning,
-    Foreign: devices.reported,
+    ask.CreateDeviceImport: imports.create,
+    ask.AppendDeviceImportRows: imports.append,
+    ask.ValidateDeviceImport: imports.validate,
+    ask.CommitDeviceImport: imports.commit,
+    ask.CancelDeviceImport: imports.cancel,
+    ask.DeleteDeviceImport: imports.delete,
+    ask.AdvanceDeviceImport: imports.advance,
+    Foreign: devices.learned,
+    TimerFired: _timer_fired,
 }
 
 
@@ -348,6 +291,15 @@ class Registry:
         ev.MemberSaved,
         ev.ApiKeySaved,
         ev.GatewaySaved,
+        ev.OrganizationSaved,
+        ev.MemberRemoved,
+        ev.RoleSaved,
+        ev.RoleDeleted,
+        ev.DeviceFailuresCounted,
+        ev.DeviceImportSaved,
+        ev.DeviceImportRowsAppended,
+        ev.DeviceImportAdvanced,
+        ev.DeviceImportDeleted,
     )
     sources: Mapping[str, Sequence[type[Message]]] = {
         "rollout": (rollout_events.RolloutChanged, rollout_events.AttemptChanged, rollout_events.DeviceReported)

@@ -97,6 +97,7 @@ class RolloutDomain:
             registry_events.MemberChanged,
             registry_events.ApiKeyChanged,
             registry_events.GatewayChanged,
+            registry_events.RoleChanged,
         ),
         "artifacts": (artifacts_events.SigningKeyChanged, artifacts_events.BundleChanged),
         "releases": (releases_events.GraphChanged, releases_events.BundleOverrideChanged),

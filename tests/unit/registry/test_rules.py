@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,81 +16,22 @@ from libs.errors import (
     AbortedError,
     AlreadyExistsError,
     FailedPreconditionError,
-    GroundswellError,
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
     ResourceExhaustedError,
 )
-from libs.eventlog import Decision, Event, Foreign
+from libs.eventlog import Foreign
 from libs.settings import Settings
 from services.registry import domain as ask
 from services.registry.bootstrap import BootstrapError, read_secret, write_profile
-from services.registry.domain import Quotas, Registry, State, find
-
-ORG = "organizations/acme"
-PUMP = f"{ORG}/products/pump"
-OWNER = f"{ORG}/apiKeys/first"
-PRINT = "ab" * 32
-SHA = bytes(range(32))
-
-
-class World:
-    """One partition, driven command by command."""
-
-    def __init__(self, quotas: Quotas | None = None) -> None:
-        self.registry = Registry(quotas)
-        self.state: State = self.registry.initial_state(0)
-        self.versions: dict[str, int] = {}
-        self.now_ms = 1_000_000
-        self.organization = "acme"
-        self.principal = OWNER
-        self.published: list[Any] = []
-
-    def version(self, resource: str) -> int:
-        return self.versions.get(resource, 0)
-
-    def parked(self, resource: str) -> bool:
-        return False
-
-    def new_uuid(self, purpose: str = "") -> str:
-        return str(uuid.uuid4())
-
-    def do(self, command: object, principal: str = OWNER) -> Any:
-        self.principal = principal
-        decision: Decision = self.registry.decide(self.state, command, self)
-        for new in decision.events:
-            self.versions[new.resource] = self.version(new.resource) + 1
-            version = self.versions[new.resource]
-            event = Event(new.organization, new.resource, version, new.payload, self.now_ms, principal, "e")
-            self.state = self.registry.evolve(self.state, event)
-            self.published += [public.payload for public in new.public]
-        return decision.result
-
-    def refused(self, kind: type[GroundswellError], reason: str, command: object, principal: str = OWNER) -> Any:
-        before = self.state
-        with pytest.raises(kind) as error:
-            self.do(command, principal)
-        assert error.value.reason == reason
-        assert self.state is before
-        return error.value
-
-    def key(self, key_id: str, role: str, scopes: tuple[str, ...] = ("*",), principal: str = OWNER) -> str:
-        """A key of a new member with that role."""
-        member = self.do(ask.CreateMember(ORG, f"m-{key_id}", pb.Member(role=role)), principal)
-        made = pb.ApiKey(member=member.name, scopes=scopes, secret_sha256=SHA)
-        return str(self.do(ask.CreateApiKey(ORG, key_id, made), principal).name)
+from services.registry.domain import Quotas, Registry, find
+from tests.unit.registry.world import ORG, OWNER, PRINT, PUMP, SHA, World, furnished
 
 
 @pytest.fixture
 def world() -> World:
-    made = World()
-    made.do(ask.CreateOrganization("acme", "Acme", "first", SHA), "organizations/platform/apiKeys/bootstrap")
-    made.do(ask.CreateProduct(ORG, "pump", pb.Product(display_name="Pump")))
-    made.do(ask.CreateProduct(ORG, "valve", pb.Product()))
-    made.do(ask.CreateCohort(PUMP, "canary", pb.Cohort()))
-    made.do(ask.CreateCohort(f"{ORG}/products/valve", "other", pb.Cohort()))
-    return made
+    return furnished()
 
 
 def provision(**changes: Any) -> ask.ProvisionDevice:
