@@ -231,7 +231,14 @@ def sign_binary(state: State, command: SignBinary, ctx: Context) -> Decision:
     required = max(bundles.required_of_binary(state, product), command.required_signatures)
     if bundles.unrevoked(binary.signatures, keys_of(state, product)) >= required:
         binary.state = B.STATE_SIGNED
-    return _save(binary, upload_of(state, command.name), ctx)
+    saved = binary_saved(binary, upload_of(state, command.name), ctx)
+    judged: tuple[NewEvent, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    if known.state == B.STATE_SIGNED:
+        # It may be in bundles that a revoked key keeps from being offered.
+        after = replace(state, binaries=put(state.binaries, binary.name, binary))
+        judged, tasks = bundles.judge_again(after, product, ctx)
+    return Decision((*judged, saved), binary, open_tasks=tasks)
 
 
 def _save(binary: pb.Binary, upload: Upload, ctx: Context) -> Decision:
