@@ -13,10 +13,11 @@ from typing import Annotated
 
 import typer
 
-from clients.cli.commands import access, artifacts, doctor, fleet, pki, releases, resources, rollouts, webhooks
+from clients.cli.commands import access, artifacts, doctor, fleet, library, pki, releases, resources, rollouts, webhooks
 from clients.cli.context import Session
 from clients.cli.output import show_error
 from clients.sdk import ApiError, ProfileError
+from clients.sdk.archive import ArchiveError
 from clients.sdk.signing import SigningError
 from clients.sdk.upload import UploadError
 
@@ -60,6 +61,7 @@ access.register(app)
 fleet.register(app)
 pki.register(app)
 artifacts.register(app)
+library.register(app)
 releases.register(app)
 rollouts.register(app)
 webhooks.register(app)
@@ -77,7 +79,7 @@ def run() -> None:
     )
     try:
         app(prog_name="swell")
-    except (ApiError, ProfileError, SigningError, UploadError, OSError) as error:
+    except (ApiError, ArchiveError, ProfileError, SigningError, UploadError, OSError) as error:
         show_error(error, form)
         sys.exit(1)
     except KeyboardInterrupt:

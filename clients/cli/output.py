@@ -26,6 +26,8 @@ NEXT_STEPS: Final = {
     "BUNDLE_NOT_OFFERABLE": "sign it first: `swell bundle sign`",
     "REQUEST_ID_REUSED": "use a new --request-id for a new command",
     "COHORT_BUSY": "another rollout is active in that cohort: `swell list rollouts`",
+    "RESOURCE_IN_USE": "see what uses it; `swell binary destroy --force --reason …` destroys a binary all the same",
+    "DEPENDENCY_UNSATISFIED": "add a binary of that artifact to the bundle",
     "SIGNING_KEY_UNKNOWN": "register the public key: `swell signing-key register`",
     "PROOF_CODE_USED": "get a new code: `swell ca code`",
 }

@@ -225,9 +225,8 @@ async def test_a_document_is_stored_whole_and_found_again(lab: Lab) -> None:
 
 async def test_a_repeat_after_a_crash_before_the_content_was_stored_stores_it(lab: Lab) -> None:
     request = attach(CYCLONEDX)
-    declared = commands.CreateAttachment(A(name=f"{VERSION}/attachments/sbom") if False else request.attachment)
     named = A()
-    named.CopyFrom(declared.attachment)
+    named.CopyFrom(request.attachment)
     named.name = f"{VERSION}/attachments/sbom"
     digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
     command = Command(
