@@ -1,38 +1,35 @@
-"""A site for each test."""
+"""Sites for a test: one, and a second installation beside it."""
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
 
-from libs.rpc import channel
-from services.artifacts.app import build as build_artifacts
-from services.registry.app import build as build_registry
+from deploy.local.specs import s3_client
+from deploy.topics import delete_topics, ensure_topics
 from tests.conftest import S3, KafkaEnv
-from tests.integration.artifacts.site import Site, serving, settings_of
+from tests.integration.artifacts.site import Site, running_site, settings_of
 
 
 @pytest.fixture
-async def site(kafka_env: KafkaEnv, s3: S3, tmp_path: Path) -> AsyncIterator[Site]:
-    made = Site(settings_of(kafka_env, s3, tmp_path / "local"))
-    registry = await build_registry(made.settings)
-    await serving(registry)
-    artifacts = await build_artifacts(made.settings)
-    try:
-        await serving(artifacts)
-        secret = secrets.token_hex(16)
-        bootstrap = registry_pb2.BootstrapRequest(
-            api_key_id="bootstrap", secret_sha256=hashlib.sha256(secret.encode()).digest()
-        )
-        async with channel(made.settings, "registry", identity="registry") as opened:
-            await registry_pb2_grpc.RegistryInternalServiceStub(opened).Bootstrap(bootstrap, timeout=20)
-        await made.organize("acme", f"gsw_platform_bootstrap_{secret}", required_signatures=2)
+async def site(request: pytest.FixtureRequest, kafka_env: KafkaEnv, s3: S3, tmp_path: Path) -> AsyncIterator[Site]:
+    """Its parameter is the grace time of content, in seconds."""
+    grace_s = getattr(request, "param", 86_400)
+    async with running_site(settings_of(kafka_env, s3, tmp_path / "local", grace_s)) as made:
         yield made
-    finally:
-        await artifacts.stop()
-        await registry.stop()
+
+
+@pytest.fixture
+async def other_site(kafka_env: KafkaEnv, s3: S3, tmp_path: Path) -> AsyncIterator[Site]:
+    """Another installation, with an organization of the same name."""
+    prefix = f"t{secrets.token_hex(6)}"
+    await ensure_topics(kafka_env.bootstrap, prefix, kafka_env.partitions)
+    s3_client(s3.endpoint, s3.access_key, s3.secret_key).make_bucket(prefix)
+    settings = settings_of(replace(kafka_env, env=prefix), replace(s3, bucket=prefix), tmp_path / "other")
+    async with running_site(settings) as made:
+        yield made
+    await delete_topics(kafka_env.bootstrap, prefix)

@@ -23,6 +23,8 @@ from groundswell.artifacts.v1 import artifacts_pb2_grpc
 from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
 from yarl import URL
 
+from clients.sdk import Client
+from clients.sdk.profile import SERVICES
 from deploy.local.credentials import ensure_all
 from deploy.local.settings import ROOT
 from deploy.local.settings import Settings as StackSettings
@@ -31,6 +33,8 @@ from libs.eventlog import Deadline
 from libs.rpc import RpcServer, channel, error_of
 from libs.settings import Settings
 from libs.trust.signatures import key_id
+from services.artifacts.app import build as build_artifacts
+from services.registry.app import build as build_registry
 from tests.conftest import S3, KafkaEnv
 
 PART = 5 * 1024 * 1024
@@ -44,7 +48,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def settings_of(kafka: KafkaEnv, s3: S3, folder: Path) -> Settings:
+def settings_of(kafka: KafkaEnv, s3: S3, folder: Path, grace_s: int = 86_400) -> Settings:
     stack = StackSettings(ROOT, folder, folder, 19000, {"GROUNDSWELL_KEYSTORE_DIR": str(folder / "keystore")})
     ensure_all(stack)
     services = ("registry", "artifacts")
@@ -59,8 +63,32 @@ def settings_of(kafka: KafkaEnv, s3: S3, folder: Path) -> Settings:
         s3_access_key=s3.access_key,
         s3_secret_key=s3.secret_key,  # type: ignore[arg-type]
         s3_bucket=s3.bucket,
+        artifacts_grace_s=grace_s,
         **ports,  # type: ignore[arg-type]
     )
+
+
+@contextlib.asynccontextmanager
+async def running_site(settings: Settings) -> AsyncIterator[Site]:
+    """Both services, and the operator of `acme` with a product that wants two signatures on its bundles."""
+    made = Site(settings)
+    registry = await build_registry(settings)
+    await serving(registry)
+    artifacts = await build_artifacts(settings)
+    try:
+        await serving(artifacts)
+        secret = secrets.token_hex(16)
+        bootstrap = registry_pb2.BootstrapRequest(
+            api_key_id="bootstrap", secret_sha256=hashlib.sha256(secret.encode()).digest()
+        )
+        async with channel(settings, "registry", identity="registry") as opened:
+            await registry_pb2_grpc.RegistryInternalServiceStub(opened).Bootstrap(bootstrap, timeout=20)
+        made.platform_key = f"gsw_platform_bootstrap_{secret}"
+        await made.organize("acme", required_signatures=2)
+        yield made
+    finally:
+        await artifacts.stop()
+        await registry.stop()
 
 
 async def serving(server: RpcServer) -> None:
@@ -94,6 +122,13 @@ class Site:
         self.settings = settings
         self.key = ""
         self.product = ""
+        self.platform_key = ""
+
+    def client(self, key: str = "") -> Client:
+        """The SDK, as an operator uses it."""
+        endpoints = {service: self.settings.address(service, "public") for service in ("registry", "artifacts")}
+        unused = {service: "127.0.0.1:1" for service in SERVICES if service not in endpoints}
+        return Client(endpoints | unused, key or self.key, self.settings.ca, server_name="localhost")
 
     @contextlib.asynccontextmanager
     async def public(self, service: str, key: str) -> AsyncIterator[tuple[grpc.aio.Channel, Any]]:
@@ -103,15 +138,15 @@ class Site:
         async with grpc.aio.secure_channel(address, credentials, options=options) as opened:
             yield opened, (("authorization", f"Bearer {key}"),)
 
-    async def organize(self, name: str, platform_key: str, required_signatures: int) -> None:
-        """An organization with its owner's key and a product."""
+    async def organize(self, name: str, required_signatures: int) -> None:
+        """An organization with its owner's key and a product; from now on the operator is that owner."""
         secret = secrets.token_hex(16)
         self.key = f"gsw_{name}_owner_{secret}"
         self.product = f"organizations/{name}/products/thermostat"
         create = registry_pb2.CreateOrganizationRequest(
             organization_id=name, owner_key_id="owner", owner_key_sha256=hashlib.sha256(secret.encode()).digest()
         )
-        async with self.public("registry", platform_key) as (opened, metadata):
+        async with self.public("registry", self.platform_key) as (opened, metadata):
             stub = registry_pb2_grpc.RegistryServiceStub(opened)
             await stub.CreateOrganization(create, metadata=metadata, timeout=20)
         policy = registry_pb2.ConfigurationPolicy(required_signatures=required_signatures)
