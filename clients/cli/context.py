@@ -58,6 +58,16 @@ class Session:
         """Full name of a resource below the product, from a full name or an id."""
         return given if given.startswith("organizations/") else f"{self.product_name()}/{collection}/{given}"
 
+    def name_below_product(self, collections: tuple[str, ...], given: str) -> str:
+        """Full name from a full name, or from the ids of the collections joined by `/`."""
+        ids = given.split("/")
+        if given.startswith("organizations/"):
+            return given
+        if len(ids) != len(collections) or not all(ids):
+            form = "/".join(f"<{one}>" for one in collections)
+            raise typer.BadParameter(f"'{given}' is neither a full name nor {form}")
+        return "/".join((self.product_name(), *(part for pair in zip(collections, ids, strict=True) for part in pair)))
+
     def name_in_organization(self, collection: str, given: str) -> str:
         """Full name of a resource below the organization, from a full name or an id."""
         return given if given.startswith("organizations/") else f"{self.organization_name()}/{collection}/{given}"

@@ -13,13 +13,22 @@ from typing import Annotated
 
 import typer
 
-from clients.cli.commands import access, artifacts, doctor, fleet, imports, pki, releases, resources, rollouts, webhooks
+from clients.cli.commands import (
+    access,
+    artifacts,
+    doctor,
+    fleet,
+    imports,
+    library,
+    pki,
+    releases,
+    resources,
+    rollouts,
+    webhooks,
+)
 from clients.cli.context import Session
 from clients.cli.output import show_error
-from clients.sdk import ApiError, ProfileError
-from clients.sdk.device_import import CsvError
-from clients.sdk.signing import SigningError
-from clients.sdk.upload import UploadError
+from clients.sdk import ApiError, SdkError
 
 app = typer.Typer(
     name="swell",
@@ -62,6 +71,7 @@ fleet.register(app)
 imports.register(app)
 pki.register(app)
 artifacts.register(app)
+library.register(app)
 releases.register(app)
 rollouts.register(app)
 webhooks.register(app)
@@ -79,7 +89,7 @@ def run() -> None:
     )
     try:
         app(prog_name="swell")
-    except (ApiError, CsvError, ProfileError, SigningError, UploadError, OSError) as error:
+    except (ApiError, SdkError, OSError) as error:
         show_error(error, form)
         sys.exit(1)
     except KeyboardInterrupt:

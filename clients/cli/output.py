@@ -29,6 +29,8 @@ NEXT_STEPS: Final = {
     "PRODUCT_HAS_DEVICES": "list them: `swell list devices`; retire them: `swell device retire`",
     "ROLE_IN_USE": "give those members another role: `swell member update`",
     "COHORT_BUSY": "another rollout is active in that cohort: `swell list rollouts`",
+    "RESOURCE_IN_USE": "see what uses it; `swell binary destroy --force --reason …` destroys a binary all the same",
+    "DEPENDENCY_UNSATISFIED": "add a binary of that artifact to the bundle",
     "SIGNING_KEY_UNKNOWN": "register the public key: `swell signing-key register`",
     "PROOF_CODE_USED": "get a new code: `swell ca code`",
 }

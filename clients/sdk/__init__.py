@@ -19,7 +19,7 @@ you read, across services), and errors with their stable reason.
 """
 
 from clients.sdk.client import Client
-from clients.sdk.errors import ApiError
+from clients.sdk.errors import ApiError, SdkError
 from clients.sdk.profile import Profile, ProfileError
 
-__all__ = ["ApiError", "Client", "Profile", "ProfileError"]
+__all__ = ["ApiError", "Client", "Profile", "ProfileError", "SdkError"]

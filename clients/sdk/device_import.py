@@ -25,7 +25,7 @@ from typing import Final
 from groundswell.registry.v1 import device_imports_pb2 as pb
 
 from clients.sdk.client import Client
-from clients.sdk.errors import ApiError
+from clients.sdk.errors import ApiError, SdkError
 
 COLUMNS: Final = ("identifier", "description", "tags", "cohort", "target")
 ROWS_AT_ONCE: Final = 1_000
@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 ENDED: Final = (pb.DeviceImport.STATE_COMPLETED, pb.DeviceImport.STATE_CANCELLED)
 
 
-class CsvError(Exception):
+class CsvError(SdkError):
     """The file is no list of devices; the message says where."""
 
 

@@ -10,6 +10,10 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 
+class SdkError(Exception):
+    """Something on this side of the API cannot go on: a file, a key, a profile. The message says why and what to do."""
+
+
 class ApiError(Exception):
     """A refused or failed call. ``reason`` is stable and part of the API."""
 

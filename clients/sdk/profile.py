@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from clients.sdk.errors import SdkError
+
 SERVICES: Final = ("registry", "pki", "artifacts", "releases", "rollout", "webhooks")
 
 
-class ProfileError(Exception):
+class ProfileError(SdkError):
     """The profile is missing or unusable; the message says what to do."""
 
 

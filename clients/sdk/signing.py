@@ -13,11 +13,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from groundswell.artifacts.v1 import artifacts_pb2
 
+from clients.sdk.errors import SdkError
 from libs.trust.signatures import key_id
 from libs.trust.statement import Statement, StatementBinary
 
 
-class SigningError(Exception):
+class SigningError(SdkError):
     """Nothing was signed; the message says why."""
 
 

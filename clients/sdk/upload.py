@@ -14,7 +14,7 @@ import urllib3
 from groundswell.artifacts.v1 import artifacts_pb2
 
 from clients.sdk.client import Client
-from clients.sdk.errors import ApiError
+from clients.sdk.errors import ApiError, SdkError
 
 PART_SIZE: Final = 8 * 1024 * 1024
 PARALLEL: Final = 4
@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int], None]
 """Called with (phase, bytes done, bytes in all); phases: digest, upload, hash."""
 
 
-class UploadError(Exception):
+class UploadError(SdkError):
     """The upload cannot go on; the message says why and what to do."""
 
 
@@ -43,20 +43,25 @@ class Upload:
     target: str = "portable"
     metadata: str = ""
     part_size: int = PART_SIZE
+    offset: int = 0
+    """Where the binary begins in the file."""
+    length: int | None = None
+    """How many bytes it has; None means to the end of the file."""
 
 
-def digest_parts(path: Path, part_size: int, progress: Progress) -> tuple[str, list[artifacts_pb2.UploadPart]]:
-    """SHA-256 of the file and of each part, in one reading."""
-    whole, done, size = hashlib.sha256(), 0, path.stat().st_size
+def digest_parts(upload: Upload, progress: Progress) -> tuple[str, list[artifacts_pb2.UploadPart]]:
+    """SHA-256 of the binary and of each part, in one reading."""
+    whole, done = hashlib.sha256(), 0
+    size = upload.path.stat().st_size - upload.offset if upload.length is None else upload.length
     parts: list[artifacts_pb2.UploadPart] = []
-    for chunk in _chunks(path, part_size):
+    for chunk in _chunks(upload, size):
         whole.update(chunk)
         digest = hashlib.sha256(chunk).hexdigest()
         parts.append(artifacts_pb2.UploadPart(index=len(parts) + 1, size=len(chunk), sha256=digest))
         done += len(chunk)
         progress("digest", done, size)
     if not parts:
-        raise UploadError(f"{path} is empty: there is nothing to upload")
+        raise UploadError(f"{upload.path} is empty: there is nothing to upload")
     return whole.hexdigest(), parts
 
 
@@ -65,7 +70,7 @@ def upload_binary(client: Client, upload: Upload, progress: Progress = lambda *_
 
     Safe to repeat after any interruption. Raises UploadError, ApiError, OSError.
     """
-    sha256, parts = digest_parts(upload.path, upload.part_size, progress)
+    sha256, parts = digest_parts(upload, progress)
     binary = _declare(client, upload, sha256, sum(part.size for part in parts))
     if binary.state == State.STATE_UPLOADABLE:
         _send_parts(client, upload, binary.name, parts, progress)
@@ -125,7 +130,10 @@ def _declare(client: Client, upload: Upload, sha256: str, size: int) -> artifact
         artifacts_pb2.GetBinaryRequest(name=f"{version_name}/binaries/{upload.binary_id}")
     )
     if (found.sha256, found.size) != (sha256, size):
-        raise UploadError(f"{found.name} exists with other bytes ({found.sha256[:12]}…): use another version or id")
+        raise UploadError(
+            f"{found.name} exists with other bytes ({found.sha256[:12]}…): use another version or id, "
+            "or `swell binary reset` if it was never signed"
+        )
     return found
 
 
@@ -155,16 +163,20 @@ def _send_parts(
 def _put(pool: urllib3.PoolManager, upload: Upload, part: artifacts_pb2.PresignedPart) -> int:
     if part.stored:
         return part.index
+    start = (part.index - 1) * upload.part_size
+    most = upload.part_size if upload.length is None else min(upload.part_size, upload.length - start)
     with upload.path.open("rb") as file:
-        file.seek((part.index - 1) * upload.part_size)
-        data = file.read(upload.part_size)
+        file.seek(upload.offset + start)
+        data = file.read(most)
     response = pool.request("PUT", part.url, body=data, headers=dict(part.headers))
     if response.status != 200:
         raise UploadError(f"the object store refused part {part.index}: {response.status} {response.data[:200]!r}")
     return part.index
 
 
-def _chunks(path: Path, size: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(size):
+def _chunks(upload: Upload, left: int) -> Iterator[bytes]:
+    with upload.path.open("rb") as file:
+        file.seek(upload.offset)
+        while chunk := file.read(min(upload.part_size, left)):
+            left -= len(chunk)
             yield chunk

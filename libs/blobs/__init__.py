@@ -7,12 +7,14 @@ the whole object. All methods may be called again after an unknown outcome.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 GENERATION: Final = 1
 """Part of every content key; it grows for a digest whose content was deleted."""
+_CONTENT_KEY: Final = re.compile(r"sha256/([a-z][a-z0-9-]{1,40})/([1-9][0-9]{0,9})/([0-9a-f]{64})")
 
 
 class BlobStoreError(Exception):
@@ -38,9 +40,19 @@ class StoredPart:
     """Lowercase hex; empty when the store does not tell."""
 
 
-def content_key(sha256: str, generation: int = GENERATION) -> str:
-    """Key of hashed content."""
-    return f"sha256/{generation}/{sha256}"
+def content_key(organization: str, sha256: str, generation: int = GENERATION) -> str:
+    """Key of hashed content.
+
+    Content belongs to an organization: one partition's log decides when nothing refers to it any more, and nobody can
+    tell from the store what another organization holds.
+    """
+    return f"sha256/{organization}/{generation}/{sha256}"
+
+
+def parse_content_key(key: str) -> tuple[str, str, int] | None:
+    """Organization, digest and generation of a content key; None for any other key."""
+    match = _CONTENT_KEY.fullmatch(key)
+    return None if match is None else (match[1], match[3], int(match[2]))
 
 
 class BlobStore(Protocol):

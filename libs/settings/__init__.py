@@ -57,6 +57,8 @@ class Settings(BaseSettings):
     gateway_id: str = "local-1"
     """Last segment of this gateway's resource name; each process that runs at the same time needs its own."""
     worker_health: str = "127.0.0.1:19408"
+    artifacts_grace_s: int = Field(default=86_400, ge=0)
+    """How long content stays in the object store after nothing refers to it."""
     webhook_allow: str = ""
     """Comma list of exact ``host:port`` that webhooks may be sent to whatever the address policy says."""
     quota_products: int = Field(default=1_000, ge=0)

@@ -1,41 +1,53 @@
 """Bundles: what is frozen into them, what their signatures are worth, and when they may be offered.
 
-A bundle is offerable while enough distinct, unrevoked keys have signed its statement and all its binaries are signed.
-Signatures are verified when they are attached, and counted anew whenever a key is revoked or the product's policy
-changes. A bundle begins without signatures, so the policy matters first when one is attached.
+A bundle is offerable while enough distinct, unrevoked keys have signed its statement, and enough each of its binaries,
+and none of those is destroyed. Signatures are verified when they are attached, and counted anew whenever a key is
+revoked, a binary destroyed or the product's policy changed: the first hundreds of bundles in the same transaction, the
+rest by a task in chunks. A bundle begins without signatures, so the policy matters first when one is attached.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
 
 from groundswell.artifacts.v1 import artifacts_pb2 as pb
 from groundswell.artifacts.v1 import events_pb2 as ev
 from groundswell.registry.v1 import events_pb2 as registry_events
 
 from libs.errors import FailedPreconditionError, check_etag
-from libs.eventlog import Context, Decision, Foreign, NewEvent, Public
+from libs.eventlog import Context, Decision, Foreign, NewEvent, Public, Task
 from libs.names import parent_of, product_of
 from libs.resolution import VersionError, parse_version
 from libs.trust.canonical import metadata_digest
 from libs.trust.statement import Statement, StatementBinary
-from services.artifacts.commands import CreateBundle, SignBundle
+from services.artifacts.commands import CreateBundle, JudgeProduct, SignBundle, UpdateBundle
+from services.artifacts.dependencies import check_dependencies
 from services.artifacts.rules import (
     MAX_RECORD,
     MAX_SIGNATURES,
+    binary_saved,
     check_room,
+    check_text,
     clean_metadata,
     copied,
     existing,
     invalid,
     is_repeated,
+    masked,
     next_etag,
     refuse_existing,
     state_name,
     timestamp,
     verified,
 )
-from services.artifacts.state import State, find, keys_of, shelf
+from services.artifacts.state import State, find, keys_of, put, shelf, upload_of
+
+JUDGE: Final = "judge"
+_CHUNK_EVENTS: Final = 200
+_CHUNK_BYTES: Final = 4_000_000
+"""What one transaction of a judgement holds, about: other commands of the partition wait for it."""
 
 _SIGNATURE_ROOM = 256
 """Bytes that a signature and its public key take in a bundle, at most."""
@@ -63,10 +75,12 @@ def create_bundle(state: State, command: CreateBundle, ctx: Context) -> Decision
         blob_keys.append(state.uploads[spec.binary].blob_key)
     statement = _statement(bundle, product)
     bundle.statement, bundle.digest = statement.to_bytes(), statement.digest()
-    room = MAX_RECORD - MAX_SIGNATURES * _SIGNATURE_ROOM - sum(len(key) + 4 for key in blob_keys) - 1024
+    # The bundle stands in its record, and again in the answer that travels with it.
+    room = (MAX_RECORD - sum(len(key) + 4 for key in blob_keys) - 2048) // 2 - MAX_SIGNATURES * _SIGNATURE_ROOM
     if bundle.ByteSize() > room:
         raise invalid("entries", f"hold {bundle.ByteSize()} bytes with their metadata, more than {room}")
-    _judge(state, bundle, required_by(state, product))
+    check_dependencies(state, tuple(entry.binary for entry in bundle.entries))
+    _judge(state, bundle)
     return Decision((_bundle_saved(bundle, tuple(blob_keys), "bundle.created", ctx),), bundle)
 
 
@@ -85,32 +99,102 @@ def sign_bundle(state: State, command: SignBundle, ctx: Context) -> Decision:
     bundle.signatures.append(signature)
     bundle.public_keys.append(keys_of(state, product)[signature.key_id].public_key)
     # The stricter of what was just asked and what is folded; when the registry's record comes, all is judged anew.
-    _judge(state, bundle, max(required_by(state, product), command.required_signatures))
+    _judge(state, bundle, command.required_signatures)
     return Decision((_bundle_saved(bundle, state.bundle_blobs[bundle.name], "bundle.signed", ctx),), bundle)
 
 
-def judge_again(state: State, product: str, ctx: Context) -> tuple[NewEvent, ...]:
-    """An event for each bundle of the product whose offerability is not what it was."""
+def update_bundle(state: State, command: UpdateBundle, ctx: Context) -> Decision:
+    """A bundle is immutable but for its display name."""
+    known = existing(state.bundles, command.bundle.name)
+    check_etag(command.bundle.etag, known.etag, known.name)
+    bundle = masked(known, command.bundle, command.paths, ("display_name",))
+    check_text("bundle.display_name", bundle.display_name)
+    if bundle == known:
+        return Decision(result=known)
+    _judge(state, bundle)
+    return Decision((_bundle_saved(bundle, state.bundle_blobs[bundle.name], "bundle.updated", ctx),), bundle)
+
+
+def judge_again(state: State, product: str, ctx: Context) -> tuple[tuple[NewEvent, ...], tuple[Task, ...]]:
+    """Events for what of the product is not worth what it was: all, or as many as one transaction should hold.
+
+    With the rest comes a task that goes on; readers are never told the old judgement meanwhile (`current`).
+    """
+    rules = _Rules.of(state, product)
     saved: list[NewEvent] = []
+    room = _CHUNK_BYTES
+    for binary in _signable(state, product):
+        if len(saved) >= _CHUNK_EVENTS or room < 0:
+            return tuple(saved), (_judging(product, ctx),)
+        if unrevoked(binary.signatures, rules.keys) >= rules.of_binary:
+            signed = copied(binary)
+            signed.state = pb.Binary.STATE_SIGNED
+            saved.append(binary_saved(signed, upload_of(state, binary.name), ctx))
+            room -= signed.ByteSize()
+            state = replace(state, binaries=put(state.binaries, signed.name, signed))
     for name, known in sorted(shelf(state.bundles, f"{product}/bundles").items()):
+        reason = _verdict(state, known, rules)
+        if (known.offerable, known.not_offerable_reason) == (not reason, reason):
+            continue
+        if len(saved) >= _CHUNK_EVENTS or room < 0:
+            return tuple(saved), (_judging(product, ctx),)
         bundle = copied(known)
-        _judge(state, bundle, required_by(state, product))
-        if bundle != known:
-            saved.append(_bundle_saved(bundle, state.bundle_blobs[name], "bundle.updated", ctx))
-    return tuple(saved)
+        bundle.offerable, bundle.not_offerable_reason = not reason, reason
+        saved.append(_bundle_saved(bundle, state.bundle_blobs[name], "bundle.updated", ctx))
+        room -= 2 * bundle.ByteSize()
+    return tuple(saved), ()
+
+
+def judge_product(state: State, command: JudgeProduct, ctx: Context) -> Decision:
+    """The next chunk; the task is done when nothing is left."""
+    saved, tasks = judge_again(state, command.product, ctx)
+    return Decision(saved, close_tasks=() if tasks else (command.task_id,))
+
+
+def current(state: State, known: pb.Bundle) -> pb.Bundle:
+    """The bundle as it is to be judged now, though its next event may still be on its way."""
+    return _as_judged(state, known, _Rules.of(state, product_of(known.name)))
+
+
+def all_current(state: State, product: str) -> Iterator[tuple[str, pb.Bundle]]:
+    """All bundles of a product by name, as they are to be judged now."""
+    rules = _Rules.of(state, product)
+    for name, known in shelf(state.bundles, f"{product}/bundles").items():
+        yield name, _as_judged(state, known, rules)
+
+
+def _as_judged(state: State, known: pb.Bundle, rules: _Rules) -> pb.Bundle:
+    reason = _verdict(state, known, rules)
+    if (known.offerable, known.not_offerable_reason) == (not reason, reason):
+        return known
+    bundle = copied(known)
+    bundle.offerable, bundle.not_offerable_reason = not reason, reason
+    return bundle
+
+
+def holding(state: State, binary: str) -> Iterator[pb.Bundle]:
+    """Bundles with the binary, as they are to be judged now."""
+    for _, bundle in sorted(shelf(state.bundles, f"{product_of(binary)}/bundles").items()):
+        if any(entry.binary == binary for entry in bundle.entries):
+            yield current(state, bundle)
 
 
 def foreign(state: State, record: Foreign, ctx: Context) -> Decision:
-    """A product's policy says how many signatures its bundles need."""
+    """A product's policy says how many signatures its bundles and binaries need."""
     if not isinstance(record.payload, registry_events.ProductChanged):
         return Decision()
-    product = record.payload.product
-    required = max(1, product.policy.required_signatures)
-    if required_by(state, product.name) == required:
+    product, policy = record.payload.product.name, record.payload.product.policy
+    required, of_binary = max(1, policy.required_signatures), max(1, policy.required_binary_signatures)
+    if (required_by(state, product), required_of_binary(state, product)) == (required, of_binary):
         return Decision()
-    after = replace(state, required_signatures=state.required_signatures.set(product.name, required))
-    policy = ev.SignaturePolicySaved(product=product.name, required_signatures=required)
-    return Decision((NewEvent(ctx.organization, product.name, policy), *judge_again(after, product.name, ctx)))
+    saved = ev.SignaturePolicySaved(product=product, required_signatures=required, required_binary_signatures=of_binary)
+    after = replace(
+        state,
+        required_signatures=state.required_signatures.set(product, required),
+        required_binary_signatures=state.required_binary_signatures.set(product, of_binary),
+    )
+    judged, tasks = judge_again(after, product, ctx)
+    return Decision((NewEvent(ctx.organization, product, saved), *judged), open_tasks=tasks)
 
 
 def required_by(state: State, product: str) -> int:
@@ -118,22 +202,65 @@ def required_by(state: State, product: str) -> int:
     return state.required_signatures.get(product) or 1
 
 
-def _judge(state: State, bundle: pb.Bundle, required: int) -> None:
-    """Set whether the bundle may be offered, and why not."""
-    keys = keys_of(state, product_of(bundle.name))
-    signed = {signature.key_id for signature in bundle.signatures}
-    valid = {key_id for key_id in signed if key_id in keys and not keys[key_id].revoked}
-    reason = ""
-    if any(not _is_signed(state, entry.binary) for entry in bundle.entries):
-        reason = "BINARY_NOT_SIGNED"
-    elif len(valid) < required:
-        reason = "SIGNING_KEY_REVOKED" if len(signed) >= required else "SIGNATURES_MISSING"
+def required_of_binary(state: State, product: str) -> int:
+    """Signatures that each of the product's binaries needs, so far as is known here."""
+    return state.required_binary_signatures.get(product) or 1
+
+
+def unrevoked(signatures: Iterable[pb.Signature], keys: Mapping[str, pb.SigningKey]) -> int:
+    """Distinct keys among the signatures that are known and not revoked."""
+    return sum(key_id in keys and not keys[key_id].revoked for key_id in {one.key_id for one in signatures})
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What a product's signatures are counted by."""
+
+    keys: Mapping[str, pb.SigningKey]
+    of_bundle: int
+    of_binary: int
+
+    @classmethod
+    def of(cls, state: State, product: str) -> _Rules:
+        """As they are known here."""
+        return cls(keys_of(state, product), required_by(state, product), required_of_binary(state, product))
+
+
+def _judge(state: State, bundle: pb.Bundle, required: int = 0) -> None:
+    """Set whether the bundle may be offered, and why not; a higher number that was just asked for counts."""
+    rules = _Rules.of(state, product_of(bundle.name))
+    reason = _verdict(state, bundle, replace(rules, of_bundle=max(rules.of_bundle, required)))
     bundle.offerable, bundle.not_offerable_reason = not reason, reason
 
 
-def _is_signed(state: State, name: str) -> bool:
-    binary = find(state.binaries, name)
-    return binary is not None and binary.state == pb.Binary.STATE_SIGNED
+def _verdict(state: State, bundle: pb.Bundle, rules: _Rules) -> str:
+    """Why the bundle may not be offered; empty when it may."""
+    for entry in bundle.entries:
+        binary = find(state.binaries, entry.binary)
+        if binary is not None and binary.state == pb.Binary.STATE_DESTROYED:
+            return "BINARY_DESTROYED"
+        if binary is None or binary.state != pb.Binary.STATE_SIGNED:
+            return "BINARY_NOT_SIGNED"
+        if unrevoked(binary.signatures, rules.keys) < rules.of_binary:
+            enough_once = len({one.key_id for one in binary.signatures}) >= rules.of_binary
+            return "SIGNING_KEY_REVOKED" if enough_once else "BINARY_SIGNATURES_MISSING"
+    if unrevoked(bundle.signatures, rules.keys) < rules.of_bundle:
+        enough_once = len({one.key_id for one in bundle.signatures}) >= rules.of_bundle
+        return "SIGNING_KEY_REVOKED" if enough_once else "SIGNATURES_MISSING"
+    return ""
+
+
+def _signable(state: State, product: str) -> Iterator[pb.Binary]:
+    """Binaries of the product that wait for signatures and have some."""
+    for artifact in sorted(shelf(state.artifacts, f"{product}/artifacts")):
+        for version in sorted(shelf(state.versions, f"{artifact}/versions")):
+            for _, binary in sorted(shelf(state.binaries, f"{version}/binaries").items()):
+                if binary.state == pb.Binary.STATE_SIGNABLE and binary.signatures:
+                    yield binary
+
+
+def _judging(product: str, ctx: Context) -> Task:
+    return Task(f"{JUDGE}/{product}", JUDGE, product.encode(), organization=ctx.organization)
 
 
 def _entry(state: State, spec: pb.BundleEntrySpec, product: str) -> pb.BundleEntry:
@@ -141,7 +268,7 @@ def _entry(state: State, spec: pb.BundleEntrySpec, product: str) -> pb.BundleEnt
     if product_of(spec.binary) != product:
         raise invalid("entries.binary", f"holds {spec.binary}, which is not of {product}")
     binary = existing(state.binaries, spec.binary)
-    if not _is_signed(state, spec.binary):
+    if binary.state != pb.Binary.STATE_SIGNED:
         raise FailedPreconditionError(
             "BINARY_NOT_SIGNED",
             f"{binary.name} is {state_name(binary)}: a bundle takes signed binaries only",

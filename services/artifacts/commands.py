@@ -21,6 +21,15 @@ class RevokeSigningKey:
 
     name: str
     etag: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeProduct:
+    """Go on with judging what a product holds anew."""
+
+    product: str
+    task_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,22 @@ class CreateArtifact:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateArtifact:
+    """New values for named fields."""
+
+    artifact: pb.Artifact
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteArtifact:
+    """Delete an artifact without versions."""
+
+    name: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
 class CreateVersion:
     """A new version of an artifact."""
 
@@ -38,10 +63,62 @@ class CreateVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class UpdateVersion:
+    """New values for named fields."""
+
+    version: pb.ArtifactVersion
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteVersion:
+    """Delete a version without binaries and attachments."""
+
+    name: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
 class CreateBinary:
     """Declare size, digest and target."""
 
     binary: pb.Binary
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateBinary:
+    """New values for named fields."""
+
+    binary: pb.Binary
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteBinary:
+    """Delete a binary that was never signed."""
+
+    name: str
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResetBinary:
+    """Back to UPLOADABLE; zero and empty keep what was declared."""
+
+    name: str
+    etag: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class DestroyBinary:
+    """Give up the content for good."""
+
+    name: str
+    etag: str
+    force: bool
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +173,38 @@ class SignBinary:
     name: str
     etag: str
     signature: pb.Signature
+    required_signatures: int
+    """As the registry says now: what is known here may be a moment old."""
+
+
+@dataclass(frozen=True, slots=True)
+class CreateAttachment:
+    """Declare a document."""
+
+    attachment: pb.Attachment
+
+
+@dataclass(frozen=True, slots=True)
+class AttachmentPart:
+    """The store has this part."""
+
+    name: str
+    part: pb.UploadPart
+
+
+@dataclass(frozen=True, slots=True)
+class AttachmentStored:
+    """The whole content is under its content key, compared with what was declared."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteAttachment:
+    """Delete a document."""
+
+    name: str
+    etag: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +215,14 @@ class CreateBundle:
     version: str
     security_version: int
     entries: Sequence[pb.BundleEntrySpec]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateBundle:
+    """New values for named fields."""
+
+    bundle: pb.Bundle
+    paths: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final, TypeVar
 
 from google.protobuf.message import Message
@@ -21,8 +22,9 @@ M = TypeVar("M", bound=Message)
 
 MAX_RECORD: Final = 900_000
 """Bytes of one record that the log takes (`RuntimeConfig.max_record_bytes`)."""
-MAX_METADATA: Final = 850_000
-"""Less than the 1,000,000 bytes that a request may hold: a bundle of one entry has to fit into a record."""
+MAX_METADATA: Final = 430_000
+"""Less than the 1,000,000 bytes that a request may hold: a resource has to fit into a record together with the answer
+to the command that saved it."""
 MAX_SIGNATURES: Final = 32
 MAX_SIZE: Final = 5 * 1024**4
 """The largest object of S3."""
@@ -104,6 +106,26 @@ def check_room(resource: str, held: list[pb.Signature]) -> None:
         )
 
 
+def masked(known: M, wanted: M, paths: Sequence[str], allowed: Sequence[str]) -> M:
+    """A copy of the known resource with the named fields taken from the wanted one; ``*`` names all that may change."""
+    wrong = [path for path in paths if path != "*" and path not in allowed]
+    if wrong or not paths:
+        raise invalid("update_mask", f"may name {', '.join(allowed)}; not {(wrong or ['nothing'])[0][:80]}")
+    changed = copied(known)
+    for path in allowed if "*" in paths else paths:
+        changed.ClearField(path)
+        if changed.DESCRIPTOR.fields_by_name[path].is_repeated:
+            getattr(changed, path).extend(getattr(wanted, path))
+        else:
+            setattr(changed, path, getattr(wanted, path))
+    return changed
+
+
+def in_use(resource: str, by: str, why: str) -> FailedPreconditionError:
+    """Something else still needs the resource."""
+    return FailedPreconditionError("RESOURCE_IN_USE", f"{resource} {why}: {by}", resource=resource, used_by=by)
+
+
 def wrong_state(binary: pb.Binary, wanted: str) -> FailedPreconditionError:
     """The binary is in a state that does not allow this."""
     now = state_name(binary)
@@ -159,8 +181,9 @@ def binary_saved(binary: pb.Binary, upload: Upload, ctx: Context) -> NewEvent:
     return NewEvent(ctx.organization, binary.name, payload)
 
 
-def key_saved(key: pb.SigningKey, change: str, ctx: Context) -> NewEvent:
+def key_saved(key: pb.SigningKey, change: str, ctx: Context, reason: str = "") -> NewEvent:
     """The event of a signing key's new after-image, which gets its etag."""
     key.etag = next_etag(ctx, key.name)
     public = Public(key.name, ev.SigningKeyChanged(signing_key=key, change=change))
-    return NewEvent(ctx.organization, key.name, ev.SigningKeySaved(signing_key=key), public=(public,))
+    payload = ev.SigningKeySaved(signing_key=key, reason=reason)
+    return NewEvent(ctx.organization, key.name, payload, public=(public,))

@@ -22,11 +22,12 @@ Shelves = immutables.Map[str, immutables.Map[str, M]]
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Where a binary's bytes are."""
+    """Where the bytes of a binary or an attachment are."""
 
     staging_key: str = ""
     upload_id: str = ""
     blob_key: str = ""
+    """Content key that it holds: from before anything is written there until it is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,20 @@ class State:
     artifacts: Shelves[pb.Artifact] = field(default_factory=immutables.Map)
     versions: Shelves[pb.ArtifactVersion] = field(default_factory=immutables.Map)
     binaries: Shelves[pb.Binary] = field(default_factory=immutables.Map)
+    attachments: Shelves[pb.Attachment] = field(default_factory=immutables.Map)
     bundles: Shelves[pb.Bundle] = field(default_factory=immutables.Map)
     uploads: immutables.Map[str, Upload] = field(default_factory=immutables.Map)
-    """By binary."""
+    """By binary or attachment."""
+    holders: immutables.Map[str, immutables.Map[str, None]] = field(default_factory=immutables.Map)
+    """Content key → the binaries and attachments that hold it."""
+    generations: immutables.Map[str, int] = field(default_factory=immutables.Map)
+    """``organization/digest`` → generation of its next content key, once content of it was given up."""
     bundle_blobs: immutables.Map[str, tuple[str, ...]] = field(default_factory=immutables.Map)
     """Content keys by bundle, in the order of its entries."""
     required_signatures: immutables.Map[str, int] = field(default_factory=immutables.Map)
     """Product → signatures its bundles need; 1 when absent."""
+    required_binary_signatures: immutables.Map[str, int] = field(default_factory=immutables.Map)
+    """Product → signatures each binary needs; 1 when absent."""
 
 
 def shelf(shelves: Shelves[M], collection: str) -> immutables.Map[str, M]:
@@ -62,14 +70,24 @@ def put(shelves: Shelves[M], name: str, message: M) -> Shelves[M]:
     return shelves.set(collection, shelf(shelves, collection).set(name, message))
 
 
+def drop(shelves: Shelves[M], name: str) -> Shelves[M]:
+    """The shelves without a resource."""
+    collection = name.rpartition("/")[0]
+    known = shelf(shelves, collection)
+    if name not in known:
+        return shelves
+    rest = known.delete(name)
+    return shelves.set(collection, rest) if rest else shelves.delete(collection)
+
+
 def keys_of(state: State, product: str) -> dict[str, pb.SigningKey]:
     """Signing keys of a product by key id."""
     return {key.key_id: key for key in shelf(state.signing_keys, f"{product}/signingKeys").values()}
 
 
-def upload_of(state: State, binary: str) -> Upload:
-    """Where a binary's bytes are, so far as any are."""
-    return state.uploads.get(binary) or Upload()
+def upload_of(state: State, name: str) -> Upload:
+    """Where the bytes of a binary or an attachment are, so far as any are."""
+    return state.uploads.get(name) or Upload()
 
 
 def evolve(state: State, event: Event) -> State:
@@ -77,11 +95,15 @@ def evolve(state: State, event: Event) -> State:
     name = event.resource
     match event.payload:
         case ev.BinarySaved(binary=binary, staging_key=staging_key, upload_id=upload_id, blob_key=blob_key):
-            return replace(
-                state,
-                binaries=put(state.binaries, name, binary),
-                uploads=state.uploads.set(name, Upload(staging_key, upload_id, blob_key)),
-            )
+            moved = _upload_moved(state, name, Upload(staging_key, upload_id, blob_key), deleted=event.payload.deleted)
+            if event.payload.deleted:
+                return replace(moved, binaries=drop(state.binaries, name))
+            return replace(moved, binaries=put(state.binaries, name, binary))
+        case ev.AttachmentSaved(attachment=attachment, upload_id=upload_id, blob_key=blob_key):
+            moved = _upload_moved(state, name, Upload("", upload_id, blob_key), deleted=event.payload.deleted)
+            if event.payload.deleted:
+                return replace(moved, attachments=drop(state.attachments, name))
+            return replace(moved, attachments=put(state.attachments, name, attachment))
         case ev.BundleSaved(bundle=bundle, blob_keys=blob_keys):
             return replace(
                 state,
@@ -90,10 +112,37 @@ def evolve(state: State, event: Event) -> State:
             )
         case ev.SigningKeySaved(signing_key=key):
             return replace(state, signing_keys=put(state.signing_keys, name, key))
-        case ev.ArtifactSaved(artifact=artifact):
-            return replace(state, artifacts=put(state.artifacts, name, artifact))
-        case ev.ArtifactVersionSaved(artifact_version=version):
-            return replace(state, versions=put(state.versions, name, version))
-        case ev.SignaturePolicySaved(product=product, required_signatures=required):
-            return replace(state, required_signatures=state.required_signatures.set(product, required))
+        case ev.ArtifactSaved(artifact=artifact, deleted=deleted):
+            left = drop(state.artifacts, name) if deleted else put(state.artifacts, name, artifact)
+            return replace(state, artifacts=left)
+        case ev.ArtifactVersionSaved(artifact_version=version, deleted=deleted):
+            return replace(
+                state, versions=drop(state.versions, name) if deleted else put(state.versions, name, version)
+            )
+        case ev.SignaturePolicySaved(product=product, required_signatures=required, required_binary_signatures=binary):
+            return replace(
+                state,
+                required_signatures=state.required_signatures.set(product, required),
+                required_binary_signatures=state.required_binary_signatures.set(product, max(1, binary)),
+            )
+        case ev.ContentCondemned(sha256=sha256, generation=generation):
+            return replace(state, generations=state.generations.set(f"{event.organization}/{sha256}", generation + 1))
     return state
+
+
+def _upload_moved(state: State, name: str, upload: Upload, *, deleted: bool) -> State:
+    """The state with where a resource's bytes are now, and with that who holds which content."""
+    before = upload_of(state, name).blob_key
+    after = "" if deleted else upload.blob_key
+    holders = state.holders
+    if before != after:
+        if before:
+            rest = (holders.get(before) or immutables.Map()).delete(name)
+            holders = holders.set(before, rest) if rest else holders.delete(before)
+        if after:
+            holders = holders.set(after, (holders.get(after) or immutables.Map()).set(name, None))
+    if deleted:
+        uploads = state.uploads.delete(name) if name in state.uploads else state.uploads
+    else:
+        uploads = state.uploads.set(name, upload)
+    return replace(state, uploads=uploads, holders=holders)

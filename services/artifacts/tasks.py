@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from libs.blobs import BlobNotFoundError, BlobStore, content_key
+from libs.blobs import BlobNotFoundError, BlobStore
 from libs.eventlog import Command, Task, TaskContext, TaskHandler
-from services.artifacts.commands import HashFinished
-from services.artifacts.domain import DROP, HASH
+from services.artifacts.binaries import ABORT, HASH
+from services.artifacts.bundles import JUDGE
+from services.artifacts.commands import HashFinished, JudgeProduct
+from services.artifacts.contents import DROP
 from services.artifacts.state import State, find, upload_of
 
 
@@ -20,7 +22,7 @@ class ArtifactsTasks:
 
     def handlers(self) -> Mapping[str, TaskHandler]:
         """For the runtime."""
-        return {HASH: self.hash, DROP: self.drop}
+        return {HASH: self.hash, DROP: self.drop, ABORT: self.abort, JUDGE: self.judge}
 
     async def hash(self, task: Task, ctx: TaskContext) -> Command | None:
         """Read the staged object once, and promote it when it is what was declared.
@@ -35,16 +37,29 @@ class ArtifactsTasks:
         if binary is None or task.task_id != f"{HASH}/{upload.staging_key}":
             return None
         digest, size = await self._digest(upload.staging_key)
-        target = content_key(binary.sha256)
+        target = upload.blob_key
         if (digest, size) == (binary.sha256, binary.size):
             await self._blobs.promote(upload.staging_key, target)
         finished = HashFinished(name, task.task_id, upload.staging_key, digest, size, target)
         return Command(task.organization, finished)
 
     async def drop(self, task: Task, ctx: TaskContext) -> Command | None:  # noqa: ARG002 - the key says it all
-        """Delete a staged object."""
-        await self._blobs.delete(task.payload.decode())
+        """Delete objects that nothing refers to."""
+        for key in task.payload.decode().split("\n"):
+            await self._blobs.delete(key)
         return None
+
+    async def abort(self, task: Task, ctx: TaskContext) -> Command | None:  # noqa: ARG002 - the payload says it all
+        """Clear away an upload, and the object if one was made of it."""
+        key, _, upload_id = task.payload.decode().partition("\n")
+        if upload_id:
+            await self._blobs.abort(key, upload_id)
+        await self._blobs.delete(key)
+        return None
+
+    async def judge(self, task: Task, ctx: TaskContext) -> Command | None:  # noqa: ARG002 - the decision sees the state
+        """Go on with judging a product's bundles, a chunk at a time."""
+        return Command(task.organization, JudgeProduct(task.payload.decode(), task.task_id))
 
     async def _digest(self, key: str) -> tuple[str, int]:
         whole, size = hashlib.sha256(), 0

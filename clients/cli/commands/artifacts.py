@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from groundswell.artifacts.v1 import artifacts_pb2
@@ -13,6 +13,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from clients.cli.context import Session, session
 from clients.sdk.signing import generate_key, load_key, public_bytes, sign_bundle, sign_digest
 from clients.sdk.upload import Upload, upload_binary
+
+BINARY: Final = ("artifacts", "versions", "binaries")
 
 signing_key = typer.Typer(help="Signing keys: private here, public on the server.", no_args_is_help=True)
 binary = typer.Typer(help="Binaries.", no_args_is_help=True)
@@ -105,11 +107,12 @@ def _with_progress(state: Session, wanted: Upload) -> artifacts_pb2.Binary:
 
 @binary.command("sign")
 def binary_sign(context: typer.Context, name: str, key: Annotated[Path, typer.Option(help="Key file.")]) -> None:
-    """Sign a binary by its full name."""
+    """Sign a binary. Example: `swell binary sign main/1.1.0/board-a --key second.pem`."""
     state = session(context)
-    found = state.client.artifacts.GetBinary(artifacts_pb2.GetBinaryRequest(name=name))
+    full = state.name_below_product(BINARY, name)
+    found = state.client.artifacts.GetBinary(artifacts_pb2.GetBinaryRequest(name=full))
     signature = sign_digest(load_key(key), found.sha256)
-    state.output.one(state.client.artifacts.SignBinary(artifacts_pb2.SignBinaryRequest(name=name, signature=signature)))
+    state.output.one(state.client.artifacts.SignBinary(artifacts_pb2.SignBinaryRequest(name=full, signature=signature)))
 
 
 @bundle.command("create")
@@ -127,7 +130,7 @@ def bundle_create(
     --binary config/1.1.0/portable --sign-with release.pem`
     """
     state = session(context)
-    entries = [artifacts_pb2.BundleEntrySpec(binary=_binary_name(state, name)) for name in binary]
+    entries = [artifacts_pb2.BundleEntrySpec(binary=state.name_below_product(BINARY, name)) for name in binary]
     created = state.client.artifacts.CreateBundle(
         artifacts_pb2.CreateBundleRequest(
             parent=state.product_name(),
@@ -151,12 +154,3 @@ def bundle_sign(context: typer.Context, name: str, key: Annotated[Path, typer.Op
 def _sign(state: Session, found: artifacts_pb2.Bundle, key: Path) -> artifacts_pb2.Bundle:
     signature = sign_bundle(load_key(key), found)
     return state.client.artifacts.SignBundle(artifacts_pb2.SignBundleRequest(name=found.name, signature=signature))
-
-
-def _binary_name(state: Session, given: str) -> str:
-    if given.startswith("organizations/"):
-        return given
-    parts = given.split("/")
-    if len(parts) != 3:
-        raise typer.BadParameter(f"'{given}' is not ARTIFACT/VERSION/ID")
-    return f"{state.product_name()}/artifacts/{parts[0]}/versions/{parts[1]}/binaries/{parts[2]}"

@@ -147,6 +147,16 @@ KINDS: Final = (
         ("name", "target", "size", "state"),
     ),
     Kind(
+        "attachments",
+        "artifacts",
+        "Attachment",
+        "Attachments",
+        artifacts,
+        "attachments",
+        "given",
+        ("name", "kind", "size", "state"),
+    ),
+    Kind(
         "bundles",
         "artifacts",
         "Bundle",

@@ -144,10 +144,11 @@ class Lab:
         found: pb.Bundle = await self.internal.LookupBundle(pb.GetBundleRequest(name=name), context())
         return found
 
-    async def policy(self, required: int, *, record: bool = True) -> None:
+    async def policy(self, required: int, *, record: bool = True, of_binary: int = 0) -> None:
         """The product asks for so many signatures; without `record` the registry's log is still behind."""
         product = registry_pb2.Product(name=PRODUCT)
         product.policy.required_signatures = required
+        product.policy.required_binary_signatures = of_binary
         self.registry.products[PRODUCT] = product
         if record:
             changed = registry_events.ProductChanged(product=product, change="product.updated")
@@ -183,11 +184,13 @@ async def refused(call: Awaitable[Any]) -> str:
 
 
 @asynccontextmanager
-async def running(log: MemoryLog | None = None, blobs: MemoryBlobStore | None = None) -> AsyncIterator[Lab]:
+async def running(
+    log: MemoryLog | None = None, blobs: MemoryBlobStore | None = None, grace_ms: int = 86_400_000
+) -> AsyncIterator[Lab]:
     blobs, registry = blobs or MemoryBlobStore(), FakeRegistry()
     config = RuntimeConfig(env="t", partitions=4, retry_first_s=0.01, retry_most_s=0.05)
     handlers = ArtifactsTasks(blobs).handlers()
-    runtime: Runtime[State] = Runtime(Artifacts(), log or MemoryLog(partitions=4), config, handlers)
+    runtime: Runtime[State] = Runtime(Artifacts(grace_ms), log or MemoryLog(partitions=4), config, handlers)
     await runtime.start()
     await runtime.wait_leading(Deadline.after(10))
     servicer = ArtifactsServicer(runtime, cast("Any", registry), blobs)

@@ -31,7 +31,7 @@ async def test_from_declaration_to_offerable(lab: Lab) -> None:
     content = bytes(PART) + b"tail"
     binary = await lab.signed(SIGNER, content)
     assert binary.state == B.STATE_SIGNED
-    assert list(lab.blobs.objects) == [content_key(binary.sha256)]
+    assert list(lab.blobs.objects) == [content_key("acme", binary.sha256)]
     bundle = await lab.bundle(binary.name)
     assert (bundle.offerable, bundle.not_offerable_reason) == (False, "SIGNATURES_MISSING")
     statement = parse(bundle.statement)
@@ -200,6 +200,8 @@ async def test_keys_are_counted_and_revocation_is_felt(lab: Lab) -> None:
     await lab.key(second, "k2")
     await lab.policy(2)
     binary = await lab.signed(SIGNER, CONTENT)
+    over_digest = second(binary.sha256.encode())
+    await lab.call("SignBinary", pb.SignBinaryRequest(name=binary.name, signature=over_digest))
     bundle = await lab.bundle(binary.name)
     for _ in range(2):
         bundle = await lab.sign_bundle(bundle, SIGNER)
