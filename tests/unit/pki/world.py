@@ -21,6 +21,7 @@ from libs.keystore import MemoryKeyStore
 from libs.rpc.identity import Principal, set_caller
 from services.pki.app import code_function
 from services.pki.domain import Pki
+from services.pki.issuer import Issuer
 from services.pki.model import State
 from services.pki.service import PkiInternalServicer, PkiServicer
 from services.pki.tasks import PkiTasks
@@ -173,15 +174,16 @@ async def running(
     clock = clock or Clock()
     log.clock_ms = clock
     code_of = code_function(keystore)
+    issuer = Issuer(keystore, "local")
     tasks = PkiTasks(registry)
     config = RuntimeConfig(env="t", partitions=4, wall_clock_ms=clock, retry_first_s=0.01, retry_most_s=0.05)
     runtime: Runtime[State] = Runtime(Pki(code_of), log, config, tasks.handlers())
     tasks.submit = runtime.submit
     await runtime.start()
     await runtime.wait_leading(Deadline.after(10))
-    public = PkiServicer(runtime, registry, code_of, clock)
+    public = PkiServicer(runtime, registry, code_of, issuer, clock)
     try:
-        yield World(log, registry, keystore, clock, runtime, public, PkiInternalServicer(runtime))
+        yield World(log, registry, keystore, clock, runtime, public, PkiInternalServicer(runtime, issuer, clock))
     finally:
         await runtime.stop()
 
