@@ -148,25 +148,25 @@ async def test_it_never_outlives_its_ca() -> None:
         assert issued.not_after.seconds == made.not_after.seconds
 
 
+def _forged() -> bytes:
+    raw = bytearray(csr("SN-1"))
+    raw[-1] ^= 1
+    return bytes(raw)
+
+
 REQUESTS = {
     "garbage": (lambda: b"0\x03\x02\x01\x01", "CSR_MALFORMED"),
     "RSA": (lambda: csr("SN-1", rsa.generate_private_key(65537, 2048)), "CSR_KEY_TYPE"),
     "Ed25519": (lambda: csr("SN-1", ed25519.Ed25519PrivateKey.generate()), "CSR_KEY_TYPE"),
     "small curve": (lambda: csr("SN-1", ec.generate_private_key(ec.SECP224R1())), "CSR_KEY_SIZE"),
     "another curve": (lambda: csr("SN-1", ec.generate_private_key(ec.SECP256K1())), "CSR_KEY_SIZE"),
-    "not its own key": (lambda: _forged(), "CSR_SIGNATURE"),
+    "not its own key": (_forged, "CSR_SIGNATURE"),
     "another device": (lambda: csr("SN-2"), "CSR_SUBJECT_MISMATCH"),
     "no name": (lambda: csr(""), "CSR_SUBJECT_MISMATCH"),
     "another case": (lambda: csr("sn-1"), "CSR_SUBJECT_MISMATCH"),
     "a CA": (lambda: csr("SN-1", ca=True), "CSR_ASKS_FOR_CA"),
     "another URI": (lambda: csr("SN-1", uris=[URI.replace("acme", "beta")]), "CSR_URI_MISMATCH"),
 }
-
-
-def _forged() -> bytes:
-    raw = bytearray(csr("SN-1"))
-    raw[-1] ^= 1
-    return bytes(raw)
 
 
 @pytest.mark.parametrize("case", REQUESTS)
