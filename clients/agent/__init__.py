@@ -18,6 +18,9 @@ Configuration (JSON; paths are relative to the file):
     boot_timeout_s 30, health_timeout_s 10, trial_timeout_s 600, download_timeout_s 3600, floor_rate_bytes_s 1024,
     rate_window_s 30, max_bundle_bytes 1 GiB, min_free_bytes 1 MiB, object_store_ca: optional
 
+The certificate named here is the factory's. The agent renews it at two thirds of its life, over EST at the gateway,
+with a key of its own under <state_directory>/identity, where it finds it again at its next start.
+
 The firmware's contract. A slot holds an executable `run`; it is called with its slot as working directory and argument:
 `run --boot SLOT` starts it (status 0: booted) and `run --health SLOT` is its own verdict (status 0: healthy); the
 first line of standard output says why not. `GROUNDSWELL_STATE` names the state directory (with the file `serial`),

@@ -18,11 +18,13 @@ from clients.agent.config import Config
 from clients.agent.failpoints import FailPoints
 from clients.agent.log import Log
 from clients.agent.program import Outcome, call
+from clients.agent.renewal import Renewal
 from clients.device import machine
 from clients.device.api import DeviceApi, fitting
 from clients.device.counter import Counter
 from clients.device.download import fetch_once, verify_file
 from clients.device.errors import DeviceError, DownloadError, RefusedError, ServerError, StateError, TransportError
+from clients.device.identity import Files, IdentityStore
 from clients.device.machine import State
 from clients.device.model import MAX_REPORTS, Binary, CheckIn, Offer, Report
 from clients.device.offers import role_and_filename
@@ -60,7 +62,10 @@ class Agent:
         self._file = StateFile(root / "state.json")
         self._counter = Counter(StateFile(root / "counter.json"))
         self._slots = SlotStore(root)
-        self._api = DeviceApi(config.endpoint, timeout_s=config.timeout_s, object_store_ca=config.object_store_ca)
+        identities = IdentityStore(root / "identity", Files(config.endpoint.certificate, config.endpoint.key))
+        endpoint = replace(config.endpoint, certificate=identities.current.certificate, key=identities.current.key)
+        self._api = DeviceApi(endpoint, timeout_s=config.timeout_s, object_store_ca=config.object_store_ca)
+        self._renewal = Renewal(identities, self._api, log, self._fail)
         self._boot_id = str(uuid.uuid4())
         self._outbox: tuple[Report, ...] = ()
         self._state = self._load()
@@ -172,7 +177,7 @@ class Agent:
         # A `go` is counted from when it was asked for: its way here is part of its time.
         self._asked_at = time.monotonic()
         try:
-            answer = self._api.check_in(request)
+            answer = self._renewal.send(lambda: self._api.check_in(request))
         except (TransportError, ServerError) as error:
             self._failures += 1
             pause = backoff(self._failures - 1, _BACKOFF_S)
@@ -180,11 +185,15 @@ class Agent:
                 pause = max(pause, error.retry_after_s * _random.uniform(1.0, 1.25))
             self._next_poll = time.monotonic() + pause
             self._log("check-in-failed", reason=error.reason, message=error.message, retry_s=round(pause, 3))
+            if self._renewal.renew_when_due(None):
+                self._next_poll = 0.0
             return
         self._failures = 0
         poll = self._config.poll_s if self._config.poll_s is not None else answer.poll_after_s
         self._next_poll = time.monotonic() + max(_LEAST_POLL_S, poll)
         self._acknowledged(len(request.reports), answer.reports_accepted_through)
+        if self._renewal.renew_when_due(answer.server_time):
+            self._next_poll = 0.0
         if answer.kind != "none":
             self._log("answered", answer=answer.kind, reasons=answer.reasons)
         self._feed(machine.Answered(answer))

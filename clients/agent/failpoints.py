@@ -21,6 +21,13 @@ STEPS = (
     "in-trial",
     "before-confirm",
 )
+RENEWAL_STEPS = (
+    "renewal-key",
+    "renewal-announced",
+    "renewal-answered",
+    "renewal-stored",
+    "renewal-confirmed",
+)
 
 
 class FailPoints:
@@ -31,8 +38,8 @@ class FailPoints:
     def __init__(self, directory: Path, armed: str | None = None) -> None:
         self._directory = directory
         self._armed = os.environ.get(VARIABLE, "") if armed is None else armed
-        if self._armed and self._armed not in STEPS:
-            raise ValueError(f"{VARIABLE}={self._armed!r} is none of {', '.join(STEPS)}")
+        if self._armed and self._armed not in STEPS + RENEWAL_STEPS:
+            raise ValueError(f"{VARIABLE}={self._armed!r} is none of {', '.join(STEPS + RENEWAL_STEPS)}")
 
     def reached(self, name: str) -> None:
         if name != self._armed:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import socket
@@ -30,6 +31,7 @@ from clients.device.model import Answer, CheckIn
 
 MAX_REQUEST = 16 * 1024
 MAX_ANSWER = 1024 * 1024
+_JSON, _PKCS10 = "application/json", "application/pkcs10"
 _NETWORK_ERRORS = (OSError, http.client.HTTPException)
 # An idle connection that the other side has closed shows itself as one of these before any answer.
 _GONE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError, ssl.SSLEOFError)
@@ -134,6 +136,26 @@ class DeviceApi:
             self._connection.close()
             self._connection = None
 
+    def use(self, certificate: Path, key: Path) -> None:
+        """Be known by these files from the next connection on. Raises ConfigError, and then nothing has changed."""
+        if (self._endpoint.certificate, self._endpoint.key) == (certificate, key):
+            return
+        endpoint = replace(self._endpoint, certificate=certificate, key=key)
+        context = _client_context(endpoint)
+        self.close()
+        self._endpoint, self._context = endpoint, context
+
+    def reenroll(self, request_der: bytes) -> bytes:
+        """Ask for the next certificate (EST simplereenroll): a PKCS#10 request in, a certs-only PKCS#7 out, as DER."""
+        path = "/.well-known/est/simplereenroll"
+        status, headers, data = self._exchange_once("POST", path, base64.encodebytes(request_der), _PKCS10)
+        if status != HTTPStatus.OK:
+            raise _refusal(status, headers, _document(data))
+        try:
+            return base64.b64decode(b"".join(data.split()), validate=True)
+        except ValueError as error:
+            raise TransportError("MALFORMED_ANSWER", "the answer to an enrolment is not base64") from error
+
     def check_in(self, request: CheckIn) -> Answer:
         """Send one check-in. Raises TransportError or ServerError; then nothing is known of its effect."""
         body = _body(request)
@@ -185,10 +207,12 @@ class DeviceApi:
             raise TransportError("MALFORMED_ANSWER", "the download link is not a download path")
         return parts.path
 
-    def _exchange_once(self, method: str, path: str, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
+    def _exchange_once(
+        self, method: str, path: str, body: bytes | None, content_type: str = _JSON
+    ) -> tuple[int, Mapping[str, str], bytes]:
         reused = self._connection is not None
         try:
-            return self._send(method, path, body)
+            return self._send(method, path, body, content_type)
         except _GONE as error:
             self.close()
             if not reused:
@@ -198,19 +222,21 @@ class DeviceApi:
             raise TransportError("GATEWAY_UNREACHABLE", str(error) or type(error).__name__) from error
         # The same bytes again: should the first copy have been read after all, it is the same check-in, not a fork.
         try:
-            return self._send(method, path, body)
+            return self._send(method, path, body, content_type)
         except _NETWORK_ERRORS as error:
             self.close()
             raise TransportError("GATEWAY_UNREACHABLE", str(error) or type(error).__name__) from error
 
-    def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
+    def _send(
+        self, method: str, path: str, body: bytes | None, content_type: str
+    ) -> tuple[int, Mapping[str, str], bytes]:
         if self._connection is None:
             at = self._endpoint
             self._connection = _Connection((at.host, at.port), self._timeout, self._context, at.server_name)
         connection = self._connection
         headers = {"Host": self._endpoint.server_name}
         if body is not None:
-            headers["Content-Type"] = "application/json"
+            headers["Content-Type"] = content_type
         with _deadline(connection, self._exchange):
             connection.request(method, path, body, headers)
             response = connection.getresponse()

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from clients.device.errors import TransportError
@@ -208,6 +209,8 @@ class Answer:
     go: Go | None = None
     attempt: str = ""
     """The attempt of ``wait`` and ``cancel``."""
+    server_time: float | None = None
+    """Seconds since the epoch by the gateway's clock, when it said so."""
 
     @staticmethod
     def from_json(body: Mapping[str, Any]) -> Answer:
@@ -231,7 +234,16 @@ class Answer:
             offer=offer,
             go=go,
             attempt=get.nested(kind).text("attempt") if kind in {"wait", "cancel"} else "",
+            server_time=_instant(get.text("server_time", "")),
         )
+
+
+def _instant(text: str) -> float | None:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found.timestamp() if found.tzinfo is not None else None
 
 
 def _malformed(message: str) -> TransportError:

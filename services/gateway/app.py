@@ -97,6 +97,7 @@ class Gateway:
             self._views,
             handler,
             pki.AdmitCertificate,
+            pki.IssueCertificate,
             self._blobs.presign_get,
             lambda: accepted_keys(self._keystore, time.time_ns() // 1_000_000),
         )

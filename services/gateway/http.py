@@ -24,13 +24,17 @@ from libs.rpc import error_of
 from libs.seal import unseal
 from services.gateway import body as bodies
 from services.gateway.checkin import CheckInHandler
-from services.gateway.identity import fingerprint_of, organization_of_socket, refuse_identity
+from services.gateway.est import EstApi, Issue
+from services.gateway.identity import fingerprint_of, judge, organization_of_socket, refuse_identity
 from services.gateway.views import DeviceView, GatewayViews
 
 log = logging.getLogger(__name__)
 
 ADMISSION_DEADLINE_S: Final = 8.0
 LINK_LIFE_S: Final = 60
+
+_ASK_PKI: Final = (pki_pb2.DeviceCertificate.STATE_PENDING, pki_pb2.DeviceCertificate.STATE_NEXT)
+"""What only pki can settle: an admission under way, and the first use of a certificate that it issued."""
 
 _STATUS: Final = {
     "INVALID_ARGUMENT": 400,
@@ -56,6 +60,7 @@ class DeviceApi:
         views: GatewayViews,
         handler: CheckInHandler,
         admit: Admit,
+        issue: Issue,
         presign: Presign,
         seal_keys: Callable[[], dict[int, bytes]],
         now: Callable[[], float] = time.time,
@@ -66,6 +71,7 @@ class DeviceApi:
         self._presign = presign
         self._seal_keys = seal_keys
         self._now = now
+        self._est = EstApi(views, self._identify, _organization, issue)
         self._admissions: dict[str, asyncio.Future[pki_pb2.DeviceCertificate]] = {}
 
     def application(self) -> web.Application:
@@ -73,6 +79,7 @@ class DeviceApi:
         app = web.Application(client_max_size=bodies.MAX_BODY, middlewares=[_errors])
         app.router.add_post("/v1/checkin", self.check_in)
         app.router.add_get("/v1/downloads/{grant}/{digest}", self.download)
+        self._est.add_to(app)
         return app
 
     async def check_in(self, request: web.Request) -> web.Response:
@@ -103,28 +110,18 @@ class DeviceApi:
         url = await self._presign(key, LINK_LIFE_S)
         return web.Response(status=307, headers={"Location": url, "Cache-Control": "no-store"})
 
-    async def _identify(self, request: web.Request) -> DeviceView:
-        transport = request.transport
-        ssl_object: ssl.SSLObject | None = transport.get_extra_info("ssl_object") if transport else None
+    async def _identify(self, request: web.Request, *, renewing: bool = False) -> DeviceView:
+        ssl_object = _ssl_object(request)
         der = ssl_object.getpeercert(binary_form=True) if ssl_object else None
         if ssl_object is None or der is None:
             raise refuse_identity("CERTIFICATE_MISSING", "present a device certificate")
         organization = organization_of_socket(ssl_object)
         fingerprint = fingerprint_of(der)
         certificate = self._views.certificate(organization, fingerprint)
-        if certificate is None or certificate.state == pki_pb2.DeviceCertificate.STATE_PENDING:
+        if certificate is None or certificate.state in _ASK_PKI:
             certificate = await self._admitted(organization, fingerprint, der)
-        state = pki_pb2.DeviceCertificate.State.Name(certificate.state)
-        if state == "STATE_REVOKED":
-            # Its reason is an operator's sentence, for the audit: never a code.
-            raise refuse_identity("CERTIFICATE_REVOKED", "this certificate was revoked for good")
-        if state == "STATE_REFUSED":
-            raise refuse_identity(certificate.reason or "CERTIFICATE_REFUSED", "this certificate is refused for good")
-        now = self._now()
-        if certificate.not_after.seconds <= now:
-            raise refuse_identity("CERTIFICATE_EXPIRED", "this certificate has expired: enrol again")
-        if certificate.not_before.seconds > now:
-            raise refuse_identity("CERTIFICATE_NOT_YET_VALID", "this certificate is not valid yet")
+        policy = self._views.policy(certificate.device).certificate_policy
+        judge(certificate, self._views.ca_state(certificate), policy, self._now(), renewing=renewing)
         view = self._views.device(organization, certificate.device, fingerprint)
         if view is None:
             raise UnavailableError("ADMISSION_PENDING", "the device is being created: try again", retry_after_s=1)
@@ -149,6 +146,17 @@ class DeviceApi:
         return (await self._admit(request)).device_certificate
 
 
+def _ssl_object(request: web.Request) -> ssl.SSLObject | None:
+    transport = request.transport
+    found: ssl.SSLObject | None = transport.get_extra_info("ssl_object") if transport else None
+    return found
+
+
+def _organization(request: web.Request) -> str:
+    ssl_object = _ssl_object(request)
+    return organization_of_socket(ssl_object) if ssl_object else ""
+
+
 def _error(status: int, reason: str, message: str, retry_after_s: float | None = None) -> web.Response:
     headers = {"Retry-After": str(max(1, round(retry_after_s)))} if retry_after_s is not None else {}
     payload: dict[str, Any] = {"error": {"reason": reason, "message": message}}
@@ -166,7 +174,8 @@ async def _errors(
         return _error(503, error.reason, error.message, error.retry_after_s)
     except GroundswellError as error:
         status = _STATUS.get(error.status, 500)
-        return _error(status, error.reason, error.message, 5 if status == 429 else None)
+        wait_s = float(error.metadata.get("retry_after_s", 5)) if status == 429 else None
+        return _error(status, error.reason, error.message, wait_s)
     except web.HTTPRequestEntityTooLarge:
         return _error(413, "BODY_TOO_LARGE", f"a body holds at most {bodies.MAX_BODY} bytes")
     except web.HTTPException as error:

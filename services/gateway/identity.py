@@ -5,7 +5,8 @@ Rules (protocols.md section 3, docs/device-api.md):
 * The listener chooses the organization by SNI, ``<organization>.<gateway-domain>``; only that organization's active CAs
   are anchors of the handshake. An unknown name ends it with ``unrecognized_name``.
 * A device is known by the SHA-256 of its leaf, never by anything it says about itself.
-* Expired leaves pass the handshake (``X509_V_FLAG_NO_CHECK_TIME``) and are judged here, so that the device is told why.
+* Expired leaves pass the handshake (``X509_V_FLAG_NO_CHECK_TIME``) and are judged here, so that the device is told why;
+  what they may still do is the product's policy: renew only (GRACE, the default), nothing (STRICT), all (LENIENT).
 * A leaf of an unknown CA dies in the handshake; it is counted and logged with OpenSSL's verify code, and nothing
   more goes on the wire.
 """
@@ -19,6 +20,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Final
+
+from groundswell.pki.v1 import pki_pb2
+from groundswell.registry.v1 import registry_pb2
 
 from libs.errors import PermissionDeniedError
 
@@ -128,3 +132,42 @@ def fingerprint_of(der: bytes) -> str:
 def refuse_identity(reason: str, message: str, **metadata: object) -> PermissionDeniedError:
     """The device is known well enough to be told why it is refused."""
     return PermissionDeniedError(reason, message, **metadata)
+
+
+_Leaf = pki_pb2.DeviceCertificate
+_Ca = pki_pb2.CaCertificate
+_Policy = registry_pb2.CertificatePolicy
+_ENDED: Final = {
+    _Leaf.STATE_REVOKED: ("CERTIFICATE_REVOKED", "this certificate was revoked for good"),
+    _Leaf.STATE_RETIRED: ("CERTIFICATE_SUPERSEDED", "this device has confirmed a newer certificate"),
+    _Leaf.STATE_LAPSED: ("CERTIFICATE_LAPSED", "this certificate was not used in its time, or replaced by another"),
+}
+_CA_ENDED: Final = {
+    _Ca.STATE_SUSPENDED: ("CA_SUSPENDED", "the CA of this certificate is suspended"),
+    _Ca.STATE_REVOKED: ("CA_REVOKED", "the CA of this certificate was revoked for good"),
+}
+
+
+def judge(
+    certificate: pki_pb2.DeviceCertificate,
+    ca_state: _Ca.State.ValueType,
+    policy: registry_pb2.CertificatePolicy,
+    now: float,
+    *,
+    renewing: bool = False,
+) -> None:
+    """Raise unless a known certificate may do this now. Asked at every request: connections outlive decisions."""
+    if certificate.state == _Leaf.STATE_REFUSED:
+        raise refuse_identity(certificate.reason or "CERTIFICATE_REFUSED", "this certificate is refused for good")
+    # A revocation's reason is an operator's sentence, for the audit: never a code.
+    ended = _ENDED.get(certificate.state) or _CA_ENDED.get(ca_state)
+    if ended is not None:
+        raise refuse_identity(*ended)
+    if certificate.not_before.seconds > now:
+        raise refuse_identity("CERTIFICATE_NOT_YET_VALID", "this certificate is not valid yet")
+    if certificate.not_after.seconds <= now:
+        lenient = policy.expired_leaf == _Policy.EXPIRED_LEAF_LENIENT
+        strict = policy.expired_leaf == _Policy.EXPIRED_LEAF_STRICT
+        if not lenient and (strict or not renewing):
+            may = "it is refused" if strict else "it may only renew itself, by EST simplereenroll"
+            raise refuse_identity("CERTIFICATE_EXPIRED", f"this certificate has expired: {may}")

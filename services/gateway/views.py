@@ -34,7 +34,7 @@ from libs.rpc.directory import REGISTRY_RECORDS
 
 SOURCES: Final[Mapping[str, tuple[type[Message], ...]]] = {
     "registry": REGISTRY_RECORDS,
-    "pki": (pki_events.CaCertificateChanged, pki_events.DeviceCertificateChanged),
+    "pki": (pki_events.CaCertificateChanged, pki_events.DeviceCertificateChanged, pki_events.IssuingCaChanged),
     "artifacts": (artifacts_events.SigningKeyChanged, artifacts_events.BundleChanged),
     "releases": (releases_events.GraphChanged, releases_events.BundleOverrideChanged),
     "rollout": (rollout_events.RolloutChanged, rollout_events.AttemptChanged, rollout_events.DeviceReported),
@@ -89,6 +89,7 @@ class GatewayViews:
         self._policies: dict[str, registry_pb2.ConfigurationPolicy] = {}
         self._gateway_seq: dict[str, int] = {}
         self._cas: dict[str, dict[str, pki_pb2.CaCertificate]] = {}
+        self._issuing: dict[str, dict[str, pki_pb2.IssuingCa]] = {}
         self._certificates: dict[str, pki_pb2.DeviceCertificate] = {}
         self._bundles: dict[str, BundleFacts] = {}
         self._blobs: dict[tuple[str, str], str] = {}
@@ -113,6 +114,7 @@ class GatewayViews:
             registry_events.GatewayChanged: self._gateway_changed,
             pki_events.CaCertificateChanged: self._ca_changed,
             pki_events.DeviceCertificateChanged: self._certificate_changed,
+            pki_events.IssuingCaChanged: self._issuing_ca_changed,
             artifacts_events.BundleChanged: self._bundle_changed,
             releases_events.GraphChanged: self._graph_changed,
             releases_events.BundleOverrideChanged: self._override_changed,
@@ -147,10 +149,21 @@ class GatewayViews:
     def _ca_changed(self, record: Foreign) -> None:
         ca: pki_pb2.CaCertificate = record.payload.ca_certificate  # type: ignore[attr-defined]
         organization = organization_of(ca.name)
-        held = self._cas.setdefault(organization, {})
-        held[ca.name] = ca
-        active = sorted(one.der for one in held.values() if one.state == pki_pb2.CaCertificate.STATE_ACTIVE)
-        self._on_anchors(organization, tuple(active))
+        self._cas.setdefault(organization, {})[ca.name] = ca
+        self._anchors_changed(organization)
+
+    def _issuing_ca_changed(self, record: Foreign) -> None:
+        issuing: pki_pb2.IssuingCa = record.payload.issuing_ca  # type: ignore[attr-defined]
+        organization = organization_of(issuing.name)
+        self._issuing.setdefault(organization, {})[issuing.name] = issuing
+        self._anchors_changed(organization)
+
+    def _anchors_changed(self, organization: str) -> None:
+        """Customers' CAs in force, and every issuing CA: what a replaced or expired one signed is judged by request."""
+        customers = self._cas.get(organization, {}).values()
+        active = {one.der for one in customers if one.state == pki_pb2.CaCertificate.STATE_ACTIVE}
+        active.update(self.issuing_cas(organization))
+        self._on_anchors(organization, tuple(sorted(active)))
 
     def _certificate_changed(self, record: Foreign) -> None:
         certificate: pki_pb2.DeviceCertificate = record.payload.device_certificate  # type: ignore[attr-defined]
@@ -231,6 +244,15 @@ class GatewayViews:
     def certificate(self, organization: str, fingerprint: str) -> pki_pb2.DeviceCertificate | None:
         """A certificate of the organization."""
         return self._certificates.get(f"{organization}/{fingerprint}")
+
+    def ca_state(self, certificate: pki_pb2.DeviceCertificate) -> pki_pb2.CaCertificate.State.ValueType:
+        """State of the customer's CA that signed it; unspecified for one of our own."""
+        ca = self._cas.get(organization_of(certificate.name), {}).get(certificate.ca_certificate)
+        return pki_pb2.CaCertificate.STATE_UNSPECIFIED if ca is None else ca.state
+
+    def issuing_cas(self, organization: str) -> tuple[bytes, ...]:
+        """DER of the organization's issuing CAs, replaced ones too."""
+        return tuple(one.der for one in self._issuing.get(organization, {}).values())
 
     def device(self, organization: str, name: str, fingerprint: str) -> DeviceView | None:
         """A device, once the registry's record of it has arrived."""

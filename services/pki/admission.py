@@ -20,7 +20,7 @@ from groundswell.pki.v1 import events_pb2, pki_pb2
 from libs.errors import DomainError, PermissionDeniedError, ResourceExhaustedError, check_etag
 from libs.eventlog import Context, Decision, NewEvent, Public, Task
 from libs.names import last_segment, organization_of, product_of
-from services.pki import certificates
+from services.pki import certificates, rotation
 from services.pki.authorities import not_found
 from services.pki.certificates import Problem
 from services.pki.model import (
@@ -35,6 +35,7 @@ from services.pki.model import (
     interval_us,
     milliseconds,
     quota_of,
+    timestamp,
 )
 
 _MINUTE_US = 60_000_000
@@ -53,6 +54,8 @@ def admit(state: State, command: AdmitCertificate, ctx: Context) -> Decision:
         problem = known_problem(known)
         if problem is not None:
             raise problem
+        if known.state == Leaf.STATE_NEXT:
+            return rotation.confirm(state, known, ctx)
         if known.state != Leaf.STATE_REFUSED:
             return Decision(result=known)
     leaf = certificates.parse_der(command.leaf_der, "leaf_der")
@@ -74,6 +77,8 @@ def admit(state: State, command: AdmitCertificate, ctx: Context) -> Decision:
         common_name=common_name,
         ca_certificate=ca.name,
         state=Leaf.STATE_PENDING,
+        spki_fingerprint=certificates.spki_fingerprint_of(leaf),
+        create_time=timestamp(ctx.now_ms),
         etag=str(ctx.version(name) + 1),
     )
     image.not_before.FromDatetime(leaf.not_valid_before_utc)
@@ -123,24 +128,44 @@ def close(state: State, command: CloseAdmission, ctx: Context) -> Decision:
 
 
 def revoke(state: State, command: RevokeDeviceCertificate, ctx: Context) -> Decision:
-    """Deny for good, also in the middle of an admission. A repeat changes nothing."""
+    """Deny for good, also in the middle of an admission. A repeat changes nothing.
+
+    What the certificate announced goes with it: whoever holds its key may have asked for the next one.
+    """
     known = state.certificates.get(command.name)
     if known is None:
         raise not_found(command.name)
     if known.state == Leaf.STATE_REVOKED:
         return Decision(result=known)
     check_etag(command.etag, known.etag, known.name)
+    announced = [
+        other
+        for name in state.history.get(known.device, ())
+        if (other := state.certificates[name]).state == Leaf.STATE_NEXT and other.supersedes == known.name
+    ]
+    events = [_revoked(leaf, command.reason, ctx) for leaf in (*announced, known)]
+    return Decision(events=tuple(events), result=events[-1].payload.device_certificate)  # type: ignore[attr-defined]
+
+
+def _revoked(known: pki_pb2.DeviceCertificate, reason: str, ctx: Context) -> NewEvent:
     image = _changed(known, ctx)
-    image.state, image.reason = Leaf.STATE_REVOKED, command.reason
+    image.state, image.reason = Leaf.STATE_REVOKED, reason
     event = events_pb2.DeviceCertificateRevoked(device_certificate=image)
-    public = (_public(image, "device_certificate.revoked"),)
-    return Decision(events=(NewEvent(ctx.organization, image.name, event, public),), result=image)
+    return NewEvent(ctx.organization, image.name, event, (_public(image, "device_certificate.revoked"),))
 
 
 def known_problem(known: pki_pb2.DeviceCertificate) -> DomainError | None:
     """Why a certificate that is known is refused for good, or None."""
     if known.state == Leaf.STATE_REVOKED:
         return PermissionDeniedError("CERTIFICATE_REVOKED", "this certificate was revoked", resource=known.name)
+    if known.state == Leaf.STATE_RETIRED:
+        return PermissionDeniedError(
+            "CERTIFICATE_SUPERSEDED", "the device has confirmed a newer certificate", resource=known.name
+        )
+    if known.state == Leaf.STATE_LAPSED:
+        return PermissionDeniedError(
+            "CERTIFICATE_LAPSED", "this certificate was not used in time, or replaced by another", resource=known.name
+        )
     if known.state == Leaf.STATE_REFUSED and known.device_uid:
         return refusal(known)
     return None
@@ -157,6 +182,8 @@ def refusal(known: pki_pb2.DeviceCertificate) -> DomainError:
 
 def ca_policy_problem(ca: pki_pb2.CaCertificate, now_ms: int) -> Problem | None:
     """Why a CA may not create devices now, or None."""
+    if ca.state == Ca.STATE_REVOKED:
+        return Problem("CA_REVOKED", f"{ca.name} was revoked")
     if ca.state != Ca.STATE_ACTIVE:
         return Problem("CA_SUSPENDED", f"{ca.name} is suspended")
     if now_ms > milliseconds(ca.not_after):
@@ -184,7 +211,7 @@ def _issuer(state: State, organization: str, leaf: x509.Certificate) -> pki_pb2.
         ca
         for ca in state.cas.values()
         if organization_of(ca.name) == organization
-        and ca.state in {Ca.STATE_ACTIVE, Ca.STATE_SUSPENDED}
+        and ca.state in {Ca.STATE_ACTIVE, Ca.STATE_SUSPENDED, Ca.STATE_REVOKED}
         and certificates.names_as_issuer(leaf, certificates.parse_der(ca.der))
     ]
     for ca in named:
@@ -224,7 +251,10 @@ def _check_capacity(state: State, ca: pki_pb2.CaCertificate, now_ms: int) -> Non
     due_us = rate_after(state.next_admission_us.get(ca.name, 0), now_ms, interval_us(ca))
     if due_us - now_ms * 1000 > _MINUTE_US:
         raise ResourceExhaustedError(
-            "CA_RATE_EXCEEDED", f"{ca.name} creates devices too fast: try again later", resource=ca.name
+            "CA_RATE_EXCEEDED",
+            f"{ca.name} creates devices too fast: try again later",
+            resource=ca.name,
+            retry_after_s=round((due_us - now_ms * 1000 - _MINUTE_US) / 1_000_000, 3),
         )
 
 

@@ -17,6 +17,7 @@ from libs.rpc import AccessDirectory, RpcServer, channel, error_of
 from libs.settings import Settings
 from services.pki.authorities import CodeOf
 from services.pki.domain import Pki
+from services.pki.issuer import Issuer
 from services.pki.model import State
 from services.pki.service import PkiInternalServicer, PkiServicer
 from services.pki.tasks import PkiTasks
@@ -81,7 +82,9 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
     to_registry = channel(settings, "registry", identity="pki")
     stub = registry_pb2_grpc.RegistryInternalServiceStub(to_registry)
     registry = GrpcRegistry(stub)
-    code_of = code_function(DirectoryKeyStore(settings.keystore_dir))
+    keystore = DirectoryKeyStore(settings.keystore_dir)
+    code_of = code_function(keystore)
+    issuer = Issuer(keystore, settings.deployment)
     tasks = PkiTasks(registry)
     config = RuntimeConfig(
         env=settings.env, partitions=settings.partitions, address=settings.address("pki", "internal")
@@ -94,8 +97,8 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
         "pki",
         runtime,
         event_log,
-        public=[(pki_pb2_grpc.add_PkiServiceServicer_to_server, PkiServicer(runtime, registry, code_of))],
-        internal=[(pki_pb2_grpc.add_PkiInternalServiceServicer_to_server, PkiInternalServicer(runtime))],
+        public=[(pki_pb2_grpc.add_PkiServiceServicer_to_server, PkiServicer(runtime, registry, code_of, issuer))],
+        internal=[(pki_pb2_grpc.add_PkiInternalServiceServicer_to_server, PkiInternalServicer(runtime, issuer))],
         directory=directory,
         parts=[_ChannelPart(to_registry), directory],
     )

@@ -45,6 +45,7 @@ from services.pki.model import (
     RegisterCa,
     ReleaseSpki,
     ReserveSpki,
+    SetCaState,
     State,
     UpdateCa,
     milliseconds,
@@ -179,6 +180,38 @@ def update(state: State, command: UpdateCa, ctx: Context) -> Decision:
     return Decision(events=(_saved(image, ctx, "ca_certificate.updated"),), result=image)
 
 
+_CHANGES = {
+    Ca.STATE_SUSPENDED: "ca_certificate.suspended",
+    Ca.STATE_ACTIVE: "ca_certificate.resumed",
+    Ca.STATE_REVOKED: "ca_certificate.revoked",
+}
+
+
+def set_state(state: State, command: SetCaState, ctx: Context) -> Decision:
+    """Suspend, resume, revoke. Revocation is for good; a repeat of any changes nothing."""
+    ca = state.cas.get(command.name)
+    if ca is None:
+        raise not_found(command.name)
+    check_etag(command.etag, ca.etag, ca.name)
+    if ca.state == command.state:
+        return Decision(result=_shown(state, ca))
+    if ca.state not in _USABLE:
+        raise FailedPreconditionError(
+            "WRONG_STATE", f"{ca.name} is {Ca.State.Name(ca.state)}: it cannot be changed", resource=ca.name
+        )
+    image = _changed(ca, ctx, state=command.state)
+    image.state_reason = command.reason
+    shown = _shown(state, image)
+    return Decision(events=(_saved(image, ctx, _CHANGES[command.state]),), result=shown)
+
+
+def _shown(state: State, ca: pki_pb2.CaCertificate) -> pki_pb2.CaCertificate:
+    image = pki_pb2.CaCertificate()
+    image.CopyFrom(ca)
+    image.admitted_count = state.admitted.get(ca.name, 0)
+    return image
+
+
 def reserve_spki(state: State, command: ReserveSpki, ctx: Context) -> Decision:
     """The first to ask holds the key."""
     held = state.spki.get(command.fingerprint)
@@ -266,17 +299,24 @@ def _check_siblings(state: State, organization: str, facts: CaFacts) -> None:
             raise AlreadyExistsError(
                 "CA_ALREADY_REGISTERED", f"the key of this CA is registered as {ca.name}", resource=ca.name
             )
-        subject = certificates.canonical_name(certificates.parse_der(ca.der).subject)
-        same_key_id = bool(facts.subject_key_id) and ca.subject_key_id == facts.subject_key_id
-        if subject == facts.canonical_subject or same_key_id:
-            raise FailedPreconditionError(
-                "CA_SUBJECT_CONFLICT",
-                f"{ca.name} has the same subject or key id but another key: give the new CA a subject of its own",
-                resource=ca.name,
-            )
+        _check_sibling(ca, facts)
+    for issuing in state.issuing.values():
+        if organization_of(issuing.name) == organization:
+            _check_sibling(issuing, facts)
     if len(live) >= MAX_CA_CERTIFICATES:
         raise ResourceExhaustedError(
             "QUOTA_EXCEEDED", f"an organization has at most {MAX_CA_CERTIFICATES} CAs", limit=MAX_CA_CERTIFICATES
+        )
+
+
+def _check_sibling(ca: pki_pb2.CaCertificate | pki_pb2.IssuingCa, facts: CaFacts) -> None:
+    subject = certificates.canonical_name(certificates.parse_der(ca.der).subject)
+    same_key_id = bool(facts.subject_key_id) and ca.subject_key_id == facts.subject_key_id
+    if subject == facts.canonical_subject or same_key_id:
+        raise FailedPreconditionError(
+            "CA_SUBJECT_CONFLICT",
+            f"{ca.name} has the same subject or key id but another key: give the new CA a subject of its own",
+            resource=ca.name,
         )
 
 

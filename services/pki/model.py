@@ -8,6 +8,7 @@ from typing import Any, Final
 import immutables
 from google.protobuf.timestamp_pb2 import Timestamp
 from groundswell.pki.v1 import events_pb2, pki_pb2
+from groundswell.registry.v1 import registry_pb2
 
 CODE_LIFE_MS: Final = 7 * 24 * 3600 * 1000
 MAX_OPEN_CODES: Final = 100
@@ -20,6 +21,18 @@ MAX_TAG_LENGTH: Final = 128
 DEFAULT_QUOTA: Final = 100_000
 DEFAULT_RATE_PER_MINUTE: Final = 6_000
 
+ROTATION_LIFE_MS: Final = 7 * 24 * 3600 * 1000
+"""An issued certificate that is not used within this time lapses."""
+DEFAULT_VALIDITY_MS: Final = 365 * 24 * 3600 * 1000
+ISSUING_CA_DAYS: Final = 3650
+MAX_ISSUING_CAS: Final = 16
+"""Per organization, of those that have not expired: anchors of its TLS listeners, too."""
+ISSUANCE_WINDOW_MS: Final = 3600 * 1000
+MAX_ISSUANCES: Final = 10
+"""Certificates that one device may ask for in the window."""
+
+ALARM: Final = "pki.alarm"
+"""The one timer of a partition; it stands at the next certificate that is due."""
 RESERVE: Final = "pki.reserve"
 RELEASE: Final = "pki.release"
 PROVISION: Final = "pki.provision"
@@ -29,6 +42,7 @@ _EMPTY: Final[immutables.Map[Any, Any]] = immutables.Map()
 
 Ca = pki_pb2.CaCertificate
 Leaf = pki_pb2.DeviceCertificate
+Issuing = pki_pb2.IssuingCa
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +71,19 @@ class State:
     """Device certificate -> its admission under way."""
     holders: immutables.Map[tuple[str, str], str] = _EMPTY
     """(organization, common name) -> the device certificate that has it."""
+    history: immutables.Map[str, tuple[str, ...]] = _EMPTY
+    """Device -> every certificate that it ever had, in the order of their coming."""
+    requests: immutables.Map[tuple[str, str], str] = _EMPTY
+    """(device, SHA-256 of a signing request) -> the certificate that answered it."""
+    issuing: immutables.Map[str, pki_pb2.IssuingCa] = _EMPTY
+    policies: immutables.Map[str, registry_pb2.CertificatePolicy] = _EMPTY
+    """Product -> what the registry says of its certificates; absent means the defaults."""
+    agenda: immutables.Map[str, int] = _EMPTY
+    """Certificate of any kind -> when time next changes it (ms)."""
+    hours: immutables.Map[int, immutables.Map[str, int]] = _EMPTY
+    """The agenda by the hour, so that what is due first is found without looking at all of it."""
+    alarm_ms: int = 0
+    """Where the partition's timer stands; 0: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +125,36 @@ class UpdateCa:
 
     ca: pki_pb2.CaCertificate
     paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SetCaState:
+    """Suspend, resume or revoke a CA."""
+
+    name: str
+    state: pki_pb2.CaCertificate.State.ValueType
+    etag: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CreateIssuingCa:
+    """Record an issuing CA whose key and certificate were made outside; ``replaces`` names its predecessor."""
+
+    name: str
+    der: bytes
+    replaces: str = ""
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class IssueCertificate:
+    """Record a certificate that was signed outside for the device of ``current``."""
+
+    current: str
+    csr_sha256: str
+    der: bytes
+    issuing_ca: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,18 +14,22 @@ from groundswell.pki.v1 import pki_pb2, pki_pb2_grpc
 
 from libs.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 from libs.eventlog import Deadline, Runtime
-from libs.names import organization_of
+from libs.names import last_segment, organization_of, product_of
 from libs.rpc import page, report_position, snapshot_state, submit
-from services.pki import admission
+from services.pki import admission, agenda, requests, rotation
 from services.pki.authorities import CodeOf, cohorts_of, not_found
 from services.pki.domain import with_count
+from services.pki.issuer import Issuer
 from services.pki.model import (
     AdmitCertificate,
     Ca,
+    CreateIssuingCa,
     CreateVerificationCode,
+    IssueCertificate,
     Leaf,
     RegisterCa,
     RevokeDeviceCertificate,
+    SetCaState,
     State,
     UpdateCa,
     timestamp,
@@ -58,11 +62,13 @@ class PkiServicer(pki_pb2_grpc.PkiServiceServicer):
         runtime: Runtime[State],
         registry: RegistryPort,
         code_of: CodeOf,
+        issuer: Issuer,
         now_ms: Callable[[], int] = _wall_clock_ms,
     ) -> None:
         self._runtime = runtime
         self._registry = registry
         self._code_of = code_of
+        self._issuer = issuer
         self._now_ms = now_ms
 
     async def CreateVerificationCode(self, request: Any, context: Any) -> pki_pb2.VerificationCode:
@@ -138,6 +144,59 @@ class PkiServicer(pki_pb2_grpc.PkiServiceServicer):
         answer: pki_pb2.CaCertificate = await submit(self._runtime, organization_of(name), command, request, context)
         return answer
 
+    async def SuspendCaCertificate(self, request: Any, context: Any) -> pki_pb2.CaCertificate:
+        return await self._set_state(request, Ca.STATE_SUSPENDED, context, request.reason)
+
+    async def ResumeCaCertificate(self, request: Any, context: Any) -> pki_pb2.CaCertificate:
+        return await self._set_state(request, Ca.STATE_ACTIVE, context)
+
+    async def RevokeCaCertificate(self, request: Any, context: Any) -> pki_pb2.CaCertificate:
+        return await self._set_state(request, Ca.STATE_REVOKED, context, request.reason)
+
+    async def _set_state(
+        self, request: Any, wanted: Ca.State.ValueType, context: Any, reason: str = ""
+    ) -> pki_pb2.CaCertificate:
+        command = SetCaState(request.name, wanted, request.etag, reason)
+        answer: pki_pb2.CaCertificate = await submit(
+            self._runtime, organization_of(request.name), command, request, context
+        )
+        return answer
+
+    async def CreateIssuingCa(self, request: Any, context: Any) -> pki_pb2.IssuingCa:
+        name = f"{request.parent}/issuingCas/{request.issuing_ca_id}"
+        return await self._make_issuing_ca(name, "", "", request, context)
+
+    async def RotateIssuingCa(self, request: Any, context: Any) -> pki_pb2.IssuingCa:
+        name = f"organizations/{organization_of(request.name)}/issuingCas/{request.successor_id}"
+        return await self._make_issuing_ca(name, request.name, request.etag, request, context)
+
+    async def _make_issuing_ca(
+        self, name: str, replaces: str, etag: str, request: Any, context: Any
+    ) -> pki_pb2.IssuingCa:
+        """The certificate is made before the command, so a command that is repeated brings one that is not used."""
+        state = snapshot_state(self._runtime, name)
+        if name not in state.issuing:
+            # What is refused makes no key. A name that exists has one, and the log may know the answer of a repeat.
+            rotation.check_new_issuing_ca(state, name, replaces, etag)
+        der = self._issuer.make_ca(name, request.validity_days, self._now_ms())
+        command = CreateIssuingCa(name, der, replaces, etag)
+        answer: pki_pb2.IssuingCa = await submit(self._runtime, organization_of(name), command, request, context)
+        return answer
+
+    async def GetIssuingCa(self, request: Any, context: Any) -> pki_pb2.IssuingCa:
+        del context
+        issuing = snapshot_state(self._runtime, request.name).issuing.get(request.name)
+        if issuing is None:
+            raise not_found(request.name)
+        return issuing
+
+    async def ListIssuingCas(self, request: Any, context: Any) -> pki_pb2.ListIssuingCasResponse:
+        del context
+        prefix = f"{request.parent}/issuingCas/"
+        state = snapshot_state(self._runtime, request.parent)
+        items, token = page(((name, one) for name, one in state.issuing.items() if name.startswith(prefix)), request)
+        return pki_pb2.ListIssuingCasResponse(issuing_cas=items, next_page_token=token)
+
     async def GetDeviceCertificate(self, request: Any, context: Any) -> pki_pb2.DeviceCertificate:
         del context
         return _device_certificate(self._runtime, request.name)
@@ -170,8 +229,10 @@ class PkiServicer(pki_pb2_grpc.PkiServiceServicer):
 class PkiInternalServicer(pki_pb2_grpc.PkiInternalServiceServicer):
     """What the gateway asks."""
 
-    def __init__(self, runtime: Runtime[State]) -> None:
+    def __init__(self, runtime: Runtime[State], issuer: Issuer, now_ms: Callable[[], int] = _wall_clock_ms) -> None:
         self._runtime = runtime
+        self._issuer = issuer
+        self._now_ms = now_ms
 
     async def AdmitCertificate(self, request: Any, context: Any) -> pki_pb2.AdmitCertificateResponse:
         deadline = _deadline(context)
@@ -198,6 +259,38 @@ class PkiInternalServicer(pki_pb2_grpc.PkiInternalServiceServicer):
                     "ADMISSION_PENDING", "the device is still being created: try again", retry_after_s=1.0
                 )
             await _next_change(self._runtime, name, deadline)
+
+    async def IssueCertificate(self, request: Any, context: Any) -> pki_pb2.IssueCertificateResponse:
+        """Signed before the command: a decision has no randomness. One that is not recorded never leaves this call."""
+        name = f"organizations/{request.organization}/deviceCertificates/{request.fingerprint}"
+        state = snapshot_state(self._runtime, name)
+        current = rotation.current_of(state, name)
+        if request.first and current.issuing_ca:
+            raise FailedPreconditionError(
+                "ALREADY_ENROLLED", "this device has an operational certificate: use simplereenroll", resource=name
+            )
+        digest = requests.digest_of(request.csr_der)
+        issued = rotation.answered(state, current.device, digest)
+        if issued is None:
+            der, issuing = self._sign(state, current, request.csr_der)
+            command = IssueCertificate(name, digest, der, issuing)
+            issued = await submit(self._runtime, request.organization, command, request, context)
+            state = snapshot_state(self._runtime, name)
+        return pki_pb2.IssueCertificateResponse(
+            device_certificate=issued, issuing_ca_der=state.issuing[issued.issuing_ca].der
+        )
+
+    def _sign(self, state: State, current: pki_pb2.DeviceCertificate, csr_der: bytes) -> tuple[bytes, str]:
+        """(certificate, its issuing CA) for a request that passes every check."""
+        csr = requests.parse(csr_der)
+        organization, product = organization_of(current.name), last_segment(product_of(current.device))
+        uri = requests.device_uri(self._issuer.deployment, organization, product, current.common_name)
+        requests.check(csr, current.common_name, uri)
+        now_ms = self._now_ms()
+        rotation.check_issuance(state, current, requests.spki_fingerprint_of(csr), now_ms)
+        issuing = rotation.signing_ca(state, organization)
+        validity = agenda.validity_ms(agenda.policy_of(state, current.device))
+        return self._issuer.sign(issuing, csr, current.common_name, uri, now_ms, validity), issuing.name
 
     async def LookupDeviceCertificate(self, request: Any, context: Any) -> pki_pb2.DeviceCertificate:
         del context

@@ -40,6 +40,7 @@ TYPES: Final[dict[str, type[Message]]] = types_by_name(
         registry_events.RoleChanged,
         pki_events.CaCertificateChanged,
         pki_events.DeviceCertificateChanged,
+        pki_events.IssuingCaChanged,
         artifacts_events.SigningKeyChanged,
         artifacts_events.BundleChanged,
         releases_events.GraphChanged,

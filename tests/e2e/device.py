@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import socket
@@ -40,8 +41,8 @@ class RawDevice:
         host, _, port = gateway.rpartition(":")
         self._address = (host, int(port))
         self._server_name = server_name
-        self._context = ssl.create_default_context(cafile=str(ca))
-        self._context.load_cert_chain(identity.certificate, identity.key)
+        self.context = ssl.create_default_context(cafile=str(ca))
+        self.context.load_cert_chain(identity.certificate, identity.key)
         self.identity = identity
         self.instance, self.boot_id, self.counter = str(uuid.uuid4()), str(uuid.uuid4()), 0
 
@@ -61,14 +62,25 @@ class RawDevice:
 
     def send(self, raw: bytes, method: str = "POST", path: str = "/v1/checkin") -> Answer:
         """One exchange. Raises `ssl.SSLError` or `OSError` when there is no TLS connection to speak over."""
+        status, headers, text = self._exchange(raw, method, path, "application/json")
+        return Answer(status, json.loads(text) if text else {}, headers)
+
+    def enroll(self, request_der: bytes, operation: str = "simplereenroll") -> tuple[Answer, bytes]:
+        """EST: the answer, and the certificates of a good one as PKCS#7 DER."""
+        path = f"/.well-known/est/{operation}"
+        status, headers, text = self._exchange(base64.encodebytes(request_der), "POST", path, "application/pkcs10")
+        if status != 200:
+            return Answer(status, json.loads(text), headers), b""
+        return Answer(status, {}, headers), base64.b64decode(text)
+
+    def _exchange(self, raw: bytes, method: str, path: str, content_type: str) -> tuple[int, dict[str, str], bytes]:
         with socket.create_connection(self._address, 15) as plain:
             connection = http.client.HTTPConnection(*self._address, timeout=15)
-            connection.sock = self._context.wrap_socket(plain, server_hostname=self._server_name)
+            connection.sock = self.context.wrap_socket(plain, server_hostname=self._server_name)
             try:
-                connection.request(method, path, raw, {"content-type": "application/json"})
+                connection.request(method, path, raw, {"content-type": content_type})
                 response = connection.getresponse()
                 text = response.read()
             finally:
                 connection.close()
-        body = json.loads(text) if text else {}
-        return Answer(response.status, body, {name.lower(): value for name, value in response.getheaders()})
+        return response.status, {name.lower(): value for name, value in response.getheaders()}, text

@@ -250,8 +250,8 @@ class Tenant:
 
     # Devices.
 
-    def start_agents(self, *device_ids: str) -> None:
-        """Real agents as processes; returns when the registry knows them all."""
+    def start_agents(self, *device_ids: str, identity: Identity | None = None) -> None:
+        """Real agents as processes; returns when the registry knows them all. One may come with another identity."""
         site = Site(
             gateway=self.stack.profile.gateway,
             server_name=self.server_name,
@@ -262,7 +262,7 @@ class Tenant:
             factory_version=FACTORY_VERSION,
         )
         for number, device_id in enumerate(device_ids):
-            self.fleet.add(DevicePlan(device_id, self.factory.device(device_id), f"{number:04d}"), site)
+            self.fleet.add(DevicePlan(device_id, identity or self.factory.device(device_id), f"{number:04d}"), site)
             self.fleet.devices[device_id].start()
         wanted = set(device_ids)
         wait_until("the agents to enrol", 40, lambda: wanted <= set(self.devices()), 0.2)
@@ -273,6 +273,19 @@ class Tenant:
             device.identifier: device
             for device in self.client.pages(self.client.registry.ListDevices, request, "devices")
         }
+
+    def issuing_ca(self, ca_id: str = "one") -> pki_pb2.IssuingCa:
+        """The CA that signs operational certificates."""
+        request = pki_pb2.CreateIssuingCaRequest(parent=self.name, issuing_ca_id=ca_id)
+        return self.client.pki.CreateIssuingCa(request)
+
+    def certificates(self, device_id: str) -> list[pki_pb2.DeviceCertificate]:
+        """A device's certificates, oldest first."""
+        request = pki_pb2.ListDeviceCertificatesRequest(
+            parent=self.name, filter=f'device = "{self.device_name(device_id)}"'
+        )
+        found = self.client.pages(self.client.pki.ListDeviceCertificates, request, "device_certificates")
+        return sorted(found, key=lambda one: one.create_time.ToNanoseconds())
 
     def raw_device(self, identity: Identity) -> RawDevice:
         return RawDevice(self.stack.profile.gateway, self.server_name, self.stack.profile.ca, identity)

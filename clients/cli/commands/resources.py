@@ -114,6 +114,16 @@ KINDS: Final = (
         ("fingerprint", "common_name", "state", "not_after"),
     ),
     Kind(
+        "issuingCas",
+        "pki",
+        "IssuingCa",
+        "IssuingCas",
+        pki,
+        "issuing_cas",
+        "organization",
+        ("name", "state", "not_after", "replaced_by"),
+    ),
+    Kind(
         "signingKeys",
         "artifacts",
         "SigningKey",

@@ -16,12 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import pkcs7
 
 PRODUCT = "organizations/acme/products/thermostat"
 TARGET = "board-b"
@@ -106,6 +110,60 @@ class Store:
 
 
 @dataclass
+class Enrolment:
+    """Certificates of one device in two phases, as the server keeps them: one in force, at most one announced."""
+
+    ca: x509.Certificate
+    ca_key: ec.EllipticCurvePrivateKey
+    in_force: bytes
+    expired: bool = False
+    announced: bytes = b""
+    history: list[bytes] = field(default_factory=list)
+    answers: dict[bytes, bytes] = field(default_factory=dict)
+    asked: int = 0
+    confirmed: int = 0
+    superseded: int = 0
+    refusing: list[str] = field(default_factory=list)
+    wrong_key: bool = False
+
+    def refuses(self) -> str:
+        return self.refusing.pop(0) if self.refusing else ""
+
+    def known(self, presented: bytes, *, renewing: bool = False) -> str:
+        """Why this certificate is refused; the first use of an announced one confirms it."""
+        if self.announced and presented == self.announced:
+            self.history.append(self.in_force)
+            self.in_force, self.announced, self.expired = self.announced, b"", False
+            self.confirmed += 1
+        if presented != self.in_force:
+            self.superseded += presented in self.history
+            return "CERTIFICATE_SUPERSEDED" if presented in self.history else "CERTIFICATE_LAPSED"
+        return "CERTIFICATE_EXPIRED" if self.expired and not renewing else ""
+
+    def issue(self, body: bytes) -> bytes:
+        request = x509.load_der_x509_csr(base64.b64decode(body))
+        key = ec.generate_private_key(ec.SECP256R1()).public_key() if self.wrong_key else request.public_key()
+        raw = base64.b64decode(body)
+        if raw not in self.answers:
+            now = datetime.now(UTC)
+            made = (
+                x509.CertificateBuilder()
+                .subject_name(request.subject)
+                .issuer_name(self.ca.subject)
+                .public_key(key)
+                .serial_number(x509.random_serial_number())
+                .not_valid_before(now - timedelta(minutes=5))
+                .not_valid_after(now + timedelta(days=90))
+                .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+                .sign(self.ca_key, hashes.SHA256())
+            )
+            self.answers[raw] = made.public_bytes(serialization.Encoding.DER)
+        self.announced = self.answers[raw]
+        certificate = x509.load_der_x509_certificate(self.announced)
+        return base64.encodebytes(pkcs7.serialize_certificates([certificate], serialization.Encoding.DER))
+
+
+@dataclass
 class Gateway:
     """One device's server."""
 
@@ -130,6 +188,8 @@ class Gateway:
     cancel: bool = False
     poll_s: float = 0.05
     extra_signatures: list[dict[str, str]] = field(default_factory=list)
+    enrolment: Enrolment | None = None
+    server_time: str = "1970-01-01T00:00:00Z"
     _counter: int = 0
     _seen: dict[int, bytes] = field(default_factory=dict)
 
@@ -171,7 +231,7 @@ class Gateway:
         self._counter = max(self._counter, agent["counter"])
         self.running.append(body["running"])
         answer: dict[str, Any] = {
-            "server_time": "1970-01-01T00:00:00Z",
+            "server_time": self.server_time,
             "poll_after_s": self.poll_s,
             "reports_accepted_through": self._counter,
             "reasons": [],
@@ -225,14 +285,43 @@ def _gateway_handler(gateway: Gateway) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(data)
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            raw = self.rfile.read(int(self.headers["Content-Length"]))
+            presented = self.connection.getpeercert(binary_form=True)
+            if self.path == "/.well-known/est/simplereenroll":
+                self._enroll(presented, raw)
+                return
+            body = json.loads(raw)
             with gateway.lock:
+                refusal = gateway.enrolment.known(presented) if gateway.enrolment else ""
+                if refusal:
+                    self._send(403, {"error": {"reason": refusal, "message": "no"}})
+                    gateway.lock.notify_all()
+                    return
                 if gateway.down:
                     error = {"error": {"reason": "UNAVAILABLE", "message": "try later"}}
                     self._send(503, error, Retry_After="0.1")
                     return
                 answer = gateway.check_in(body)
                 self._send(200, answer)
+                gateway.lock.notify_all()
+
+        def _enroll(self, presented: bytes, raw: bytes) -> None:
+            with gateway.lock:
+                enrolment = gateway.enrolment
+                if enrolment is None:
+                    self._send(403, {"error": {"reason": "ISSUING_CA_MISSING", "message": "no"}})
+                    return
+                enrolment.asked += 1
+                refusal = enrolment.refuses() or enrolment.known(presented, renewing=True)
+                if refusal:
+                    self._send(403, {"error": {"reason": refusal, "message": "no"}})
+                else:
+                    data = enrolment.issue(raw)
+                    self.send_response(200)
+                    self.send_header("Content-Type", "application/pkcs7-mime; smime-type=certs-only")
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data)
                 gateway.lock.notify_all()
 
         def do_GET(self) -> None:

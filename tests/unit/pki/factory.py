@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 Key = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
@@ -128,6 +128,26 @@ class Ca:
 
     def proof(self, code: str) -> str:
         return pem(self.leaf(code))
+
+
+def csr(
+    common_name: str,
+    key: Key | ed25519.Ed25519PrivateKey | None = None,
+    *,
+    uris: Sequence[str] = (),
+    ca: bool = False,
+    digest: hashes.HashAlgorithm | None = None,
+) -> bytes:
+    """DER of a signing request."""
+    key = key or new_key()
+    builder = x509.CertificateSigningRequestBuilder().subject_name(name_of(*([common_name] if common_name else [])))
+    if uris:
+        names = [x509.UniformResourceIdentifier(uri) for uri in uris]
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    if ca:
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else digest or hashes.SHA256()
+    return builder.sign(key, algorithm).public_bytes(serialization.Encoding.DER)
 
 
 def with_sha1(certificate: x509.Certificate, signer: Key) -> x509.Certificate:

@@ -69,7 +69,7 @@ LEAVES: dict[str, tuple[Callable[[], x509.Certificate], str]] = {
 
 
 @pytest.mark.parametrize("case", LEAVES)
-def test_leaves(case: str) -> None:
+def test_t49_leaves(case: str) -> None:
     make, expected = LEAVES[case]
     assert leaf_reason(make()) == expected
 

@@ -65,7 +65,7 @@ async def test_the_code_is_never_in_the_log_and_a_retry_gets_the_same() -> None:
         assert bytes.fromhex(first.code) not in recorded
 
 
-async def test_ownership_proof_matrix() -> None:
+async def test_t48_ownership_proof_matrix() -> None:
     async with running() as world:
         ca = Ca()
         code = await world.code("one")
@@ -142,7 +142,7 @@ async def test_inside_an_organization_subjects_and_keys_are_distinct() -> None:
 
 
 @pytest.mark.parametrize("rival", ["beta", NEIGHBOUR])
-async def test_two_organizations_and_one_key_at_once_exactly_one_wins(rival: str) -> None:
+async def test_t48_two_organizations_and_one_key_at_once_exactly_one_wins(rival: str) -> None:
     for _ in range(3):
         async with running() as world:
             ca = Ca()

@@ -11,16 +11,20 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
-from groundswell.pki.v1 import pki_pb2
+from google.protobuf.message import Message
+from groundswell.pki.v1 import events_pb2, pki_pb2
+from groundswell.registry.v1 import events_pb2 as registry_events
 from groundswell.registry.v1 import registry_pb2
 
 from libs.errors import AlreadyExistsError, GroundswellError, NotFoundError
-from libs.eventlog import Deadline, Runtime, RuntimeConfig, partition_of
+from libs.eventlog import Command, Deadline, Foreign, Runtime, RuntimeConfig, partition_of
 from libs.eventlog.memory import MemoryLog
 from libs.keystore import MemoryKeyStore
 from libs.rpc.identity import Principal, set_caller
+from services.pki.agenda import image_of
 from services.pki.app import code_function
 from services.pki.domain import Pki
+from services.pki.issuer import Issuer
 from services.pki.model import State
 from services.pki.service import PkiInternalServicer, PkiServicer
 from services.pki.tasks import PkiTasks
@@ -141,6 +145,49 @@ class World:
         request = pki_pb2.AdmitCertificateRequest(organization=organization, leaf_der=der(leaf))
         return (await self.internal.AdmitCertificate(request, context(within_s))).device_certificate
 
+    async def issuing_ca(self, ca_id: str = "one", days: int = 0) -> pki_pb2.IssuingCa:
+        request = pki_pb2.CreateIssuingCaRequest(parent=ORG, issuing_ca_id=ca_id, validity_days=days)
+        return await self.public.CreateIssuingCa(request, context())
+
+    async def rotate(self, name: str, successor: str, etag: str = "") -> pki_pb2.IssuingCa:
+        request = pki_pb2.RotateIssuingCaRequest(name=name, successor_id=successor, etag=etag)
+        return await self.public.RotateIssuingCa(request, context())
+
+    async def issue(
+        self, current: pki_pb2.DeviceCertificate, csr: bytes, *, first: bool = False
+    ) -> pki_pb2.DeviceCertificate:
+        request = pki_pb2.IssueCertificateRequest(
+            organization="acme", fingerprint=current.fingerprint, csr_der=csr, first=first
+        )
+        return (await self.internal.IssueCertificate(request, context())).device_certificate
+
+    async def connect(self, certificate: pki_pb2.DeviceCertificate) -> pki_pb2.DeviceCertificate:
+        """What the gateway does when a device comes with a certificate that this server issued."""
+        request = pki_pb2.AdmitCertificateRequest(organization="acme", leaf_der=certificate.der)
+        return (await self.internal.AdmitCertificate(request, context())).device_certificate
+
+    def now(self, certificate: pki_pb2.DeviceCertificate) -> pki_pb2.DeviceCertificate:
+        """A certificate as it is by now."""
+        return self.state().certificates[certificate.name]
+
+    async def policy(self, product: str = PRODUCT, **fields: Any) -> None:
+        """The registry publishes a product with this certificate policy."""
+        policy = registry_pb2.CertificatePolicy(**fields)
+        image = registry_pb2.Product(name=product, policy=registry_pb2.ConfigurationPolicy(certificate_policy=policy))
+        record = registry_events.ProductChanged(product=image, change="product.updated")
+        foreign = Foreign("registry", "t.registry.public.v1", 0, 0, 1, "acme", product, record, 0)
+        await self.runtime.submit(Command("acme", foreign), Deadline.after(5))
+
+    def told(self, kind: type[Message] = events_pb2.DeviceCertificateChanged) -> list[tuple[str, str]]:
+        """(change, last segment) of the public records of a kind, in their order."""
+        found = []
+        for record in self.log.records("t.pki.public.v1", partition_of("acme", 4)):
+            if dict(record.headers)["event-type"].decode() == kind.DESCRIPTOR.full_name:
+                payload: Any = kind.FromString(record.value)
+                image: Any = image_of(payload)
+                found.append((payload.change, getattr(image, "common_name", "") or image.name.rpartition("/")[2]))
+        return found
+
     def state(self, organization: str = "acme") -> State:
         return cast("State", self.runtime.snapshot(organization).state)
 
@@ -173,15 +220,16 @@ async def running(
     clock = clock or Clock()
     log.clock_ms = clock
     code_of = code_function(keystore)
+    issuer = Issuer(keystore, "local")
     tasks = PkiTasks(registry)
     config = RuntimeConfig(env="t", partitions=4, wall_clock_ms=clock, retry_first_s=0.01, retry_most_s=0.05)
     runtime: Runtime[State] = Runtime(Pki(code_of), log, config, tasks.handlers())
     tasks.submit = runtime.submit
     await runtime.start()
     await runtime.wait_leading(Deadline.after(10))
-    public = PkiServicer(runtime, registry, code_of, clock)
+    public = PkiServicer(runtime, registry, code_of, issuer, clock)
     try:
-        yield World(log, registry, keystore, clock, runtime, public, PkiInternalServicer(runtime))
+        yield World(log, registry, keystore, clock, runtime, public, PkiInternalServicer(runtime, issuer, clock))
     finally:
         await runtime.stop()
 

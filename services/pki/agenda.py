@@ -1,0 +1,232 @@
+"""What time does to certificates: expiring soon, expired, lapsed. One timer a partition stands at what is due first.
+
+Invariants:
+
+* Every certificate that time will still change is in the agenda, with the one moment of its next change.
+* The timer stands no later than the first entry. It may stand earlier, after an entry has gone: then it finds nothing
+  and moves on.
+* What is due is told once: the flag or state that tells it is in the same event that takes it off the agenda.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Final, TypeVar
+
+import immutables
+from google.protobuf.message import Message
+from groundswell.pki.v1 import events_pb2, pki_pb2
+from groundswell.registry.v1 import events_pb2 as registry_events
+from groundswell.registry.v1 import registry_pb2
+
+from libs.eventlog import Context, Decision, Foreign, NewEvent, Public, Timer
+from libs.names import organization_of, product_of
+from services.pki.model import ALARM, DEFAULT_VALIDITY_MS, Ca, Leaf, State, milliseconds
+
+_HOUR_MS: Final = 3600 * 1000
+MOST_AT_ONCE: Final = 200
+"""Changes in one decision; the rest follows in the next, so that nobody's command waits long."""
+_RESOURCE: Final = "agenda"
+_NO_POLICY: Final = registry_pb2.CertificatePolicy()
+
+M = TypeVar("M", pki_pb2.DeviceCertificate, pki_pb2.CaCertificate, pki_pb2.IssuingCa)
+
+
+def validity_ms(policy: registry_pb2.CertificatePolicy) -> int:
+    """Life of the certificates that this server issues for a product."""
+    return policy.validity.ToMilliseconds() or DEFAULT_VALIDITY_MS
+
+
+def policy_of(state: State, name: str) -> registry_pb2.CertificatePolicy:
+    """Certificate policy of the product that a resource is of."""
+    return state.policies.get(product_of(name), _NO_POLICY)
+
+
+def leaf_due(leaf: pki_pb2.DeviceCertificate, policy: registry_pb2.CertificatePolicy) -> int | None:
+    """When time next changes a device certificate."""
+    if leaf.state == Leaf.STATE_NEXT:
+        return milliseconds(leaf.confirm_by)
+    if leaf.state != Leaf.STATE_ACTIVE or leaf.expired:
+        return None
+    end = milliseconds(leaf.not_after)
+    return end if leaf.expiring else end - expiring_ms(leaf, policy)
+
+
+def expiring_ms(leaf: pki_pb2.DeviceCertificate, policy: registry_pb2.CertificatePolicy) -> int:
+    """Life left below which a certificate is expiring soon: the product's own, else a third of its life."""
+    return policy.expiring_soon.ToMilliseconds() or (milliseconds(leaf.not_after) - milliseconds(leaf.not_before)) // 3
+
+
+def due_of(state: State, image: Message) -> int | None:
+    """When time next changes a certificate of any kind; None: never again."""
+    match image:
+        case pki_pb2.DeviceCertificate():
+            return leaf_due(image, policy_of(state, image.device))
+        case pki_pb2.CaCertificate():
+            lives = image.state in {Ca.STATE_ACTIVE, Ca.STATE_SUSPENDED} and not image.expired
+            return milliseconds(image.not_after) if lives else None
+        case pki_pb2.IssuingCa():
+            return None if image.expired else milliseconds(image.not_after)
+    raise TypeError(image)
+
+
+def image_of(payload: Message) -> Message | None:
+    """The certificate that an event of ours is about."""
+    for field in ("device_certificate", "ca_certificate", "issuing_ca"):
+        image = getattr(payload, field, None)
+        if isinstance(image, Message):
+            return image
+    return None
+
+
+def moved(state: State, name: str, due: int | None) -> State:
+    """The state with an entry set, moved, or gone."""
+    before = state.agenda.get(name)
+    if before == due:
+        return state
+    hours, entries = state.hours, state.agenda
+    if before is not None:
+        left = hours[before // _HOUR_MS].delete(name)
+        hours = hours.set(before // _HOUR_MS, left) if left else hours.delete(before // _HOUR_MS)
+        entries = entries.delete(name)
+    if due is not None:
+        none: immutables.Map[str, int] = immutables.Map()
+        hours = hours.set(due // _HOUR_MS, hours.get(due // _HOUR_MS, none).set(name, due))
+        entries = entries.set(name, due)
+    return replace(state, agenda=entries, hours=hours)
+
+
+def follow(state: State, image: Message) -> State:
+    """The state after a certificate became this one."""
+    return moved(state, image.name, due_of(state, image))  # type: ignore[attr-defined]
+
+
+def note_policy(state: State, noted: events_pb2.CertificatePolicyNoted) -> State:
+    """The state under a product's new policy: each of its certificates gets its new moment."""
+    state = replace(state, policies=state.policies.set(noted.product, noted.policy))
+    for leaf in _leaves_of(state, noted.product):
+        state = follow(state, leaf)
+    return state
+
+
+def take_in(state: State, record: Foreign) -> Decision:
+    """What the registry publishes: only certificate policies matter here."""
+    if not isinstance(record.payload, registry_events.ProductChanged):
+        return Decision()
+    product = record.payload.product
+    policy = product.policy.certificate_policy
+    if state.policies.get(product.name, _NO_POLICY) == policy:
+        return Decision()
+    noted = events_pb2.CertificatePolicyNoted(product=product.name, policy=policy)
+    return Decision(events=(NewEvent(organization_of(product.name), product.name, noted),))
+
+
+def with_alarm(state: State, decision: Decision, ctx: Context) -> Decision:
+    """The decision with the timer moved forward where it brings something that is due earlier."""
+    dues = [due for event in decision.events for due in _dues(state, event.payload)]
+    if not dues or (state.alarm_ms and min(dues) >= state.alarm_ms):
+        return decision
+    if not state.alarm_ms:
+        dues.extend(_first(state, {}))
+    return _alarmed(decision, min(dues), ctx)
+
+
+def fire(state: State, ctx: Context) -> Decision:
+    """Everything that is due by now, at most so much of it, and the timer at what comes next."""
+    events: list[NewEvent] = []
+    handled: dict[str, int | None] = {}
+    for name in _due(state, ctx.now_ms):
+        event, due = _happened(state, name, ctx)
+        events.append(event)
+        handled[name] = due
+        if len(events) == MOST_AT_ONCE:
+            break
+    coming = [due for due in handled.values() if due is not None]
+    coming.extend(_first(state, handled))
+    return _alarmed(Decision(events=tuple(events)), min(coming, default=0), ctx)
+
+
+def _alarmed(decision: Decision, at_ms: int, ctx: Context) -> Decision:
+    event = NewEvent(ctx.organization, _RESOURCE, events_pb2.AlarmSet(at_ms=at_ms))
+    timers = (Timer(ALARM, ALARM, at_ms),) if at_ms else ()
+    # Before the others: the last event of a command carries its answer.
+    return replace(decision, events=(event, *decision.events), set_timers=(*decision.set_timers, *timers))
+
+
+def _dues(state: State, payload: Message) -> Iterator[int]:
+    if isinstance(payload, events_pb2.CertificatePolicyNoted):
+        for leaf in _leaves_of(state, payload.product):
+            due = leaf_due(leaf, payload.policy)
+            if due is not None:
+                yield due
+        return
+    image = image_of(payload)
+    due = due_of(state, image) if image is not None else None
+    if due is not None:
+        yield due
+
+
+def _leaves_of(state: State, product: str) -> Iterable[pki_pb2.DeviceCertificate]:
+    return [leaf for leaf in state.certificates.values() if product_of(leaf.device) == product]
+
+
+def _due(state: State, now_ms: int) -> Iterator[str]:
+    for hour in sorted(hour for hour in state.hours if hour * _HOUR_MS <= now_ms):
+        for name, due in state.hours[hour].items():
+            if due <= now_ms:
+                yield name
+
+
+def _first(state: State, handled: Mapping[str, int | None]) -> Iterator[int]:
+    """The first entry that was not handled just now."""
+    for hour in sorted(state.hours):
+        left = [due for name, due in state.hours[hour].items() if name not in handled]
+        if left:
+            yield min(left)
+            return
+
+
+def _happened(state: State, name: str, ctx: Context) -> tuple[NewEvent, int | None]:
+    """The event of an entry that is due, and its next moment."""
+    leaf = state.certificates.get(name)
+    if leaf is not None:
+        return _leaf_happened(state, leaf, ctx)
+    ca = state.cas.get(name)
+    if ca is not None:
+        ca = _changed(ca, ctx)
+        ca.expired = True
+        public = Public(name, events_pb2.CaCertificateChanged(ca_certificate=ca, change="ca.expired"))
+        return NewEvent(organization_of(name), name, events_pb2.CaCertificateSaved(ca_certificate=ca), (public,)), None
+    issuing = _changed(state.issuing[name], ctx)
+    issuing.expired = True
+    told = Public(name, events_pb2.IssuingCaChanged(issuing_ca=issuing, change="issuing_ca.expired"))
+    return NewEvent(organization_of(name), name, events_pb2.IssuingCaSaved(issuing_ca=issuing), (told,)), None
+
+
+def _leaf_happened(state: State, leaf: pki_pb2.DeviceCertificate, ctx: Context) -> tuple[NewEvent, int | None]:
+    image = _changed(leaf, ctx)
+    if leaf.state == Leaf.STATE_NEXT:
+        image.state, image.reason = Leaf.STATE_LAPSED, "ROTATION_LAPSED"
+        change = "certificate.lapsed"
+    elif ctx.now_ms >= milliseconds(leaf.not_after):
+        image.expiring = image.expired = True
+        change = "certificate.expired"
+    else:
+        image.expiring = True
+        change = "certificate.expiring"
+    return saved(image, change), leaf_due(image, policy_of(state, image.device))
+
+
+def saved(image: pki_pb2.DeviceCertificate, change: str) -> NewEvent:
+    """A device certificate that became another, told to all."""
+    public = Public(image.name, events_pb2.DeviceCertificateChanged(device_certificate=image, change=change))
+    event = events_pb2.DeviceCertificateSaved(device_certificate=image)
+    return NewEvent(organization_of(image.name), image.name, event, (public,))
+
+
+def _changed(image: M, ctx: Context) -> M:
+    copy = type(image)()
+    copy.CopyFrom(image)
+    copy.etag = str(ctx.version(image.name) + 1)
+    return copy
