@@ -25,6 +25,7 @@ EVENT_TYPES: Final[dict[str, str]] = {
     "bundle.updated": "A bundle changed, for example whether it may be offered.",
     "bundle_override.created": "Named devices are held at a bundle.",
     "bundle_override.deleted": "A bundle override ended.",
+    "bundle_override.updated": "A bundle override's bundle, time or devices changed.",
     "ca_certificate.registered": "A CA certificate was registered after proof of possession.",
     "ca_certificate.updated": "A CA certificate's state or provisioning rules changed.",
     "cohort.created": "A cohort was created.",
