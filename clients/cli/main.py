@@ -13,7 +13,18 @@ from typing import Annotated
 
 import typer
 
-from clients.cli.commands import access, artifacts, doctor, fleet, pki, releases, resources, rollouts, webhooks
+from clients.cli.commands import (
+    access,
+    artifacts,
+    doctor,
+    fleet,
+    overrides,
+    pki,
+    releases,
+    resources,
+    rollouts,
+    webhooks,
+)
 from clients.cli.context import Session
 from clients.cli.output import show_error
 from clients.sdk import ApiError, ProfileError
@@ -61,6 +72,7 @@ fleet.register(app)
 pki.register(app)
 artifacts.register(app)
 releases.register(app)
+overrides.register(app)
 rollouts.register(app)
 webhooks.register(app)
 resources.register(app)

@@ -157,6 +157,10 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
     async def PromoteRelease(self, request: Any, context: Any) -> pb.Release:
         # The cohort is a second resource of this call: a key that may not see it is told that it does not exist.
         authorize(caller(), "releases.releases.promote", request.cohort)
+        if product_of(request.cohort) != product_of(request.name):
+            raise InvalidArgumentError(
+                "INVALID_FIELD", "a release is promoted to a cohort of its own product", field="cohort"
+            )
         source = await self.GetRelease(request, context)
         name = f"{request.cohort}/releases/{request.release_id or last_segment(request.name)}"
         release = _promoted(source, name, request)
