@@ -1,4 +1,7 @@
-"""API keys as services other than the registry know them: folded from its public log, asked for on a miss."""
+"""API keys and gateways as services other than the registry know them: folded from its public log.
+
+A key that is not here yet is asked for; for a gateway one waits until the view has caught up.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import grpc
 from groundswell.registry.v1 import events_pb2, registry_pb2, registry_pb2_grpc
 
 from libs.errors import UnavailableError
-from libs.eventlog import Foreign, partition_of
+from libs.eventlog import Deadline, Foreign, partition_of
 from libs.eventlog.follower import ParkedRecord, PublicFollower
 from libs.eventlog.ports import EventLog
+from libs.names import organization_of
 from libs.rpc.access import KeyRecord
 from libs.settings import Settings
 
@@ -57,6 +61,7 @@ class AccessDirectory:
         self._registry = registry
         self._keys: dict[str, registry_pb2.ApiKey] = {}
         self._members: dict[str, registry_pb2.Member] = {}
+        self._gateways: dict[str, registry_pb2.Gateway] = {}
         self.follower = PublicFollower(
             log_,
             "registry",
@@ -85,29 +90,43 @@ class AccessDirectory:
             self._keys[record.resource] = record.payload.api_key
         elif isinstance(record.payload, events_pb2.MemberChanged):
             self._members[record.resource] = record.payload.member
+        elif isinstance(record.payload, events_pb2.GatewayChanged):
+            self._gateways[record.resource] = record.payload.gateway
 
     def _forget(self, record: ParkedRecord) -> None:
         """What is not understood must not be trusted as it was before: the registry is asked."""
         if record.resource:
             self._keys.pop(record.resource, None)
             self._members.pop(record.resource, None)
+            self._gateways.pop(record.resource, None)
         else:
             self._keys.clear()
             self._members.clear()
+            self._gateways.clear()
 
     async def lookup(self, organization: str, name: str) -> KeyRecord | None:
         """The key as folded, or as the registry says when it is not here yet."""
-        lag = self.follower.lag_s(partition_of(organization, self._partitions))
         key = self._keys.get(name)
         member = self._members.get(key.member) if key is not None else None
         if key is None or member is None:
             return await self._ask(name)
+        self._refuse_stale(organization)
+        return key_record(key, member)
+
+    async def gateway(self, name: str) -> registry_pb2.Gateway | None:
+        """The gateway as folded; one made a moment ago is waited for."""
+        if name not in self._gateways:
+            await self.follower.caught_up(Deadline.after(STALE_S))
+        self._refuse_stale(organization_of(name))
+        return self._gateways.get(name)
+
+    def _refuse_stale(self, organization: str) -> None:
+        lag = self.follower.lag_s(partition_of(organization, self._partitions))
         if lag > STALE_S:
             shown = "unknown" if math.isinf(lag) else f"{lag:.1f} s"
             raise UnavailableError(
-                "ACCESS_VIEW_STALE", f"the view of API keys is behind ({shown}): try again", retry_after_s=0.5
+                "ACCESS_VIEW_STALE", f"the view of who may do what is behind ({shown}): try again", retry_after_s=0.5
             )
-        return key_record(key, member)
 
     async def _ask(self, name: str) -> KeyRecord | None:
         try:
