@@ -20,6 +20,7 @@ from clients.cli.commands import (
     fleet,
     imports,
     library,
+    overrides,
     pki,
     releases,
     resources,
@@ -73,6 +74,7 @@ pki.register(app)
 artifacts.register(app)
 library.register(app)
 releases.register(app)
+overrides.register(app)
 rollouts.register(app)
 webhooks.register(app)
 resources.register(app)

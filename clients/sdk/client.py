@@ -16,7 +16,7 @@ from groundswell.audit.v1 import audit_pb2_grpc
 from groundswell.pki.v1 import pki_pb2_grpc
 from groundswell.registry.v1 import registry_pb2_grpc
 from groundswell.releases.v1 import releases_pb2_grpc
-from groundswell.rollout.v1 import rollout_pb2_grpc
+from groundswell.rollout.v1 import edge_pb2_grpc, rollout_pb2_grpc
 from groundswell.webhooks.v1 import webhooks_pb2_grpc
 
 from clients.sdk.errors import ApiError, from_rpc_error
@@ -164,6 +164,7 @@ class Client:
         self.artifacts = artifacts_pb2_grpc.ArtifactsServiceStub(wrapped["artifacts"])
         self.releases = releases_pb2_grpc.ReleasesServiceStub(wrapped["releases"])
         self.rollout = rollout_pb2_grpc.RolloutServiceStub(wrapped["rollout"])
+        self.edge = edge_pb2_grpc.RolloutEdgeServiceStub(wrapped["rollout"])
         self.webhooks = webhooks_pb2_grpc.WebhooksServiceStub(wrapped["webhooks"])
         self.audit = {name: audit_pb2_grpc.AuditServiceStub(channel) for name, channel in wrapped.items()}
 

@@ -10,9 +10,11 @@ from types import MappingProxyType
 
 import msgspec
 
+from libs.resolution.requirement import satisfies
 from libs.resolution.semver import Version, version_or_none
 
 _NONE: Mapping[str, str] = MappingProxyType({})
+_MAX_ENTRIES = 1024
 
 
 class Code(StrEnum):
@@ -167,6 +169,24 @@ class CohortGraph:
         """Releases with version and requirement, lowest version first; ties by age, then id."""
         nodes = [node for node in self.releases.values() if node.parsed_version is not None and node.requirement]
         return sorted(nodes, key=lambda node: (node.parsed_version, node.created_ms, node.name))
+
+    def on_bundle(self, bundle: str) -> ReleaseNode | None:
+        """The release that a device stands on which reports only this bundle."""
+        matching = self.by_bundle.get(bundle) if bundle else None
+        return matching[0] if matching else None
+
+    @cached_property
+    def _entries(self) -> dict[str, ReleaseNode | None]:
+        return {}
+
+    def entry(self, version: str) -> ReleaseNode | None:
+        """The release that a device begins with which reports only this version."""
+        known = self._entries
+        if version not in known:
+            if len(known) >= _MAX_ENTRIES:
+                known.clear()  # devices report what they like
+            known[version] = next((node for node in self.by_version if satisfies(version, node.requirement)), None)
+        return known[version]
 
     @cached_property
     def _paths(self) -> dict[str, tuple[ReleaseNode, ...]]:

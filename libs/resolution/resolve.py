@@ -159,10 +159,10 @@ def _standing(
             steps.append(Step(Code.STEP_BACK_TO_ORIGIN, message, current.name))
             return Candidate(rollback_of=current.name)
         return _next(graph, current, steps)
-    matching = graph.by_bundle.get(device.bundle) if device.bundle else None
-    if matching:
-        steps.append(Step(Code.CURRENT_BY_BUNDLE, "the device reports this release's bundle", matching[0].name))
-        return _next(graph, matching[0], steps)
+    current = graph.on_bundle(device.bundle)
+    if current is not None:
+        steps.append(Step(Code.CURRENT_BY_BUNDLE, "the device reports this release's bundle", current.name))
+        return _next(graph, current, steps)
     if not device.version:
         steps.append(
             Step(
@@ -173,11 +173,11 @@ def _standing(
             )
         )
         return None
-    for node in graph.by_version:
-        if satisfies(device.version, node.requirement):
-            message = f"version {device.version} satisfies '{node.requirement}'"
-            steps.append(Step(Code.MATCHED_BY_VERSION, message, node.name, metadata={"version": device.version}))
-            return node, None
+    node = graph.entry(device.version)
+    if node is not None:
+        message = f"version {device.version} satisfies '{node.requirement}'"
+        steps.append(Step(Code.MATCHED_BY_VERSION, message, node.name, metadata={"version": device.version}))
+        return node, None
     steps.append(
         Step(
             Code.NO_MATCH,
@@ -231,7 +231,7 @@ def _validated(
         if ending is not None:
             steps.append(ending)
             break
-        if node.share_ppm is not None and not in_share(node.salt, device.uid, node.share_ppm):
+        if node.share_ppm is not None and device.uid and not in_share(node.salt, device.uid, node.share_ppm):
             steps.append(_outside_share(node))
         steps.append(node.candidate_step)
         found.append(node.candidate)

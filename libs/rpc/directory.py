@@ -1,4 +1,7 @@
-"""API keys as services other than the registry know them: folded from its public log, asked for on a miss."""
+"""API keys and gateways as services other than the registry know them: folded from its public log.
+
+A key that is not here yet is asked for; for a gateway one waits until the view has caught up.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from google.protobuf.message import Message
 from groundswell.registry.v1 import events_pb2, registry_pb2, registry_pb2_grpc
 
 from libs.errors import UnavailableError
-from libs.eventlog import Foreign, partition_of
+from libs.eventlog import Deadline, Foreign, partition_of
 from libs.eventlog.follower import ParkedRecord, PublicFollower
 from libs.eventlog.ports import EventLog
+from libs.names import organization_of
 from libs.rpc.access import KeyRecord, is_custom
 from libs.settings import Settings
 
@@ -67,6 +71,7 @@ class AccessDirectory:
         self._keys: dict[str, registry_pb2.ApiKey] = {}
         self._members: dict[str, registry_pb2.Member] = {}
         self._roles: dict[str, registry_pb2.Role] = {}
+        self._gateways: dict[str, registry_pb2.Gateway] = {}
         self.follower = PublicFollower(
             log_,
             "registry",
@@ -98,10 +103,12 @@ class AccessDirectory:
             _fold(self._members, record.resource, payload.member, gone=payload.change == "member.removed")
         elif isinstance(payload, events_pb2.RoleChanged):
             _fold(self._roles, record.resource, payload.role, gone=payload.change == "role.deleted")
+        elif isinstance(payload, events_pb2.GatewayChanged):
+            self._gateways[record.resource] = payload.gateway
 
     def _forget(self, record: ParkedRecord) -> None:
         """What is not understood must not be trusted as it was before: the registry is asked."""
-        for known in (self._keys, self._members, self._roles):
+        for known in (self._keys, self._members, self._roles, self._gateways):
             if record.resource:
                 known.pop(record.resource, None)
             else:
@@ -109,18 +116,28 @@ class AccessDirectory:
 
     async def lookup(self, organization: str, name: str) -> KeyRecord | None:
         """The key as folded, or as the registry says when it is not here yet."""
-        lag = self.follower.lag_s(partition_of(organization, self._partitions))
         key = self._keys.get(name)
         member = self._members.get(key.member) if key is not None else None
         role = self._roles.get(member.role) if member is not None else None
         if key is None or member is None or (role is None and is_custom(member.role)):
             return await self._ask(name)
+        self._refuse_stale(organization)
+        return key_record(key, member, role)
+
+    async def gateway(self, name: str) -> registry_pb2.Gateway | None:
+        """The gateway as folded; one made a moment ago is waited for."""
+        if name not in self._gateways:
+            await self.follower.caught_up(Deadline.after(STALE_S))
+        self._refuse_stale(organization_of(name))
+        return self._gateways.get(name)
+
+    def _refuse_stale(self, organization: str) -> None:
+        lag = self.follower.lag_s(partition_of(organization, self._partitions))
         if lag > STALE_S:
             shown = "unknown" if math.isinf(lag) else f"{lag:.1f} s"
             raise UnavailableError(
-                "ACCESS_VIEW_STALE", f"the view of API keys is behind ({shown}): try again", retry_after_s=0.5
+                "ACCESS_VIEW_STALE", f"the view of who may do what is behind ({shown}): try again", retry_after_s=0.5
             )
-        return key_record(key, member, role)
 
     async def _ask(self, name: str) -> KeyRecord | None:
         try:

@@ -1,9 +1,9 @@
-"""Releases and overrides, pure; the rules of a graph are in ``graph``.
+"""Releases, pure; the rules of a graph are in ``graph``, those of overrides in ``overrides``.
 
 Bundle and cohort are fixed when a release is created. A managed release belongs to its rollout: its name is derived, so
 that creating it again is the same fact, and only the rollout retracts or disables it until it becomes a plain one.
 ``retracted`` implies ``disabled`` and is for good. What other services say of devices, bundles and rollouts is taken in
-for dry runs alone: no decision on a graph depends on it.
+for dry runs; of decisions on a graph only the deletion of a required release looks at it, at who is still behind.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, Final
 import immutables
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from groundswell.artifacts.v1 import events_pb2 as artifacts_events
 from groundswell.registry.v1 import events_pb2 as registry_events
 from groundswell.releases.v1 import events_pb2 as events
@@ -27,31 +26,33 @@ from libs.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
-    ResourceExhaustedError,
     check_etag,
 )
 from libs.eventlog import Context, Decision, Event, Foreign, NewEvent, Public
-from libs.names import parent_of, product_of
+from libs.names import parent_of
 from libs.resolution import BundleFacts, DeviceFacts, PlanFacts
-from services.releases import facts
+from libs.resolution.convert import cohort_graph
+from services.releases import facts, overrides
 from services.releases.graph import (
     check_edit,
     check_fields,
     check_graph,
-    check_time,
+    check_size,
     copy_of,
     insert,
     remove,
+    timestamp,
 )
+from services.releases.lint import Reported, devices_behind
 
 Graph = immutables.Map[str, pb.Release]
+Fleet = immutables.Map[Reported, int]
 
 _PATHS: Final = frozenset(
     {"description", "disabled", "next", "phase", "required", "schedule_time", "version", "version_requirement"}
 )
-MAX_IMAGE_BYTES: Final = 800_000
-"""A graph or an override is published whole, and a record of the log holds less than a mebibyte."""
 _MANAGED_FIELDS: Final = ("bundle", "version", "version_requirement", "security_version", "rollout")
+_PROMOTED_FIELDS: Final = ("bundle", "version", "version_requirement", "security_version", "required")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class State:
     """Cohort → its releases by name."""
     overrides: immutables.Map[str, pb.BundleOverride] = field(default_factory=immutables.Map)
     devices: immutables.Map[str, DeviceFacts] = field(default_factory=immutables.Map)
+    fleets: immutables.Map[str, Fleet] = field(default_factory=immutables.Map)
+    """Cohort → how many of its devices, retired ones left out, report what."""
     bundles: immutables.Map[str, BundleFacts] = field(default_factory=immutables.Map)
     plans: immutables.Map[str, PlanFacts] = field(default_factory=immutables.Map)
 
@@ -102,18 +105,10 @@ class SetManaged:
 
 
 @dataclass(frozen=True, slots=True)
-class CreateOverride:
-    """A bundle override; its bundle was looked up."""
+class Promote:
+    """The same firmware in another cohort: natural key are its name and what it is."""
 
-    override: pb.BundleOverride
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteOverride:
-    """End an override."""
-
-    name: str
-    etag: str
+    release: pb.Release
 
 
 def validate_managed(state: State, release: pb.Release, now_ms: int) -> None:
@@ -129,6 +124,11 @@ def validate_managed(state: State, release: pb.Release, now_ms: int) -> None:
 def same_managed(known: pb.Release, wanted: pb.Release) -> bool:
     """Whether creating it again is the same fact."""
     return all(getattr(known, name) == getattr(wanted, name) for name in _MANAGED_FIELDS)
+
+
+def same_promotion(known: pb.Release, wanted: pb.Release) -> bool:
+    """Whether promoting it again is the same fact; phase, schedule and words may have moved on."""
+    return all(getattr(known, name) == getattr(wanted, name) for name in _PROMOTED_FIELDS)
 
 
 class Releases:
@@ -163,8 +163,11 @@ class Releases:
             UpdateRelease: self._update,
             DeleteRelease: self._delete,
             SetManaged: self._set_managed,
-            CreateOverride: self._create_override,
-            DeleteOverride: self._delete_override,
+            Promote: self._promote,
+            overrides.CreateOverride: _of_override(overrides.create),
+            overrides.UpdateOverride: _of_override(overrides.update),
+            overrides.ChangeDevices: _of_override(overrides.change_devices),
+            overrides.DeleteOverride: _of_override(overrides.delete),
             Foreign: _note,
         }
 
@@ -194,7 +197,8 @@ class Releases:
             return replace(state, overrides=state.overrides.set(name, payload.bundle_override))
         if isinstance(payload, events.DeviceNoted):
             device = facts.facts_of_device(payload.device)
-            return replace(state, devices=state.devices.set(device.name, device))
+            fleets = _recounted(state.fleets, state.devices.get(device.name), device)
+            return replace(state, devices=state.devices.set(device.name, device), fleets=fleets)
         if isinstance(payload, events.BundleNoted):
             bundle = facts.facts_of_bundle(payload.bundle)
             return replace(state, bundles=state.bundles.set(bundle.name, bundle))
@@ -215,9 +219,17 @@ class Releases:
                 raise _conflict(new)
             raise AlreadyExistsError("ALREADY_EXISTS", f"{new.name} exists already", resource=new.name)
         new.uid = ctx.new_uuid("release")
-        new.create_time.CopyFrom(_time(ctx.now_ms))
+        new.create_time.CopyFrom(timestamp(ctx.now_ms))
         changed = insert(graph, new, command.previous, ctx.now_ms)
         return self._save(graph, cohort, changed, [], "release.created", new, ctx)
+
+    def _promote(self, state: State, command: Promote, ctx: Context) -> Decision:
+        known = state.graphs.get(parent_of(command.release.name), Graph()).get(command.release.name)
+        if known is None:
+            return self._create(state, CreateRelease(command.release), ctx)
+        if not same_promotion(known, command.release):
+            raise _conflict(command.release)
+        return Decision(result=known)
 
     def _update(self, state: State, command: UpdateRelease, ctx: Context) -> Decision:
         graph, known = _find(state, command.release.name)
@@ -250,16 +262,17 @@ class Releases:
         check_etag(command.etag, known.etag, known.name)
         if known.rollout:
             raise _managed(known)
-        if known.required and not (command.force and command.reason):
+        cohort = parent_of(known.name)
+        behind = devices_behind(cohort_graph(cohort, graph.values()), state.fleets.get(cohort, Fleet()), known.name)
+        if known.required and behind and not (command.force and command.reason):
             raise FailedPreconditionError(
                 "RELEASE_REQUIRED",
-                f"{known.name} is required and devices may be behind it: delete it with force and a reason",
+                f"{known.name} is required and {behind} devices are behind it: delete it with force and a reason",
                 resource=known.name,
+                devices=behind,
             )
         changed = remove(graph, known.name)
-        decision = self._save(
-            graph, parent_of(known.name), changed, [known.name], "release.deleted", known, ctx, command.reason
-        )
+        decision = self._save(graph, cohort, changed, [known.name], "release.deleted", known, ctx, command.reason)
         return replace(decision, result=Empty())
 
     def _set_managed(self, state: State, command: SetManaged, ctx: Context) -> Decision:
@@ -305,54 +318,30 @@ class Releases:
         public = events.GraphChanged(
             cohort=cohort, releases=[after[name] for name in sorted(after)], change=change, subject=subject.name
         )
-        _check_size(public, f"the graph of {cohort}")
+        check_size(public, f"the graph of {cohort}")
         event = NewEvent(ctx.organization, cohort, private, public=(Public(cohort, public),))
         return Decision((event,), subject)
 
-    def _create_override(self, state: State, command: CreateOverride, ctx: Context) -> Decision:
-        override = pb.BundleOverride()
-        override.CopyFrom(command.override)
-        if override.name in state.overrides:
-            raise AlreadyExistsError("ALREADY_EXISTS", f"{override.name} exists already", resource=override.name)
-        if not override.HasField("start_time"):
-            override.start_time.CopyFrom(_time(ctx.now_ms))
-        check_time(override, "start_time", "bundle_override")
-        check_time(override, "end_time", "bundle_override")
-        if override.HasField("end_time") and override.end_time.ToNanoseconds() <= override.start_time.ToNanoseconds():
-            raise InvalidArgumentError(
-                "INVALID_FIELD", "end_time must be later than start_time", field="bundle_override.end_time"
-            )
-        product = product_of(override.name)
-        foreign = [device for device in override.devices if not _is_device_of(device, product)]
-        if foreign:
-            raise InvalidArgumentError(
-                "INVALID_FIELD", f"'{foreign[0][:200]}' is not a device of {product}", field="bundle_override.devices"
-            )
-        devices = sorted(set(override.devices))
-        del override.devices[:]
-        override.devices.extend(devices)
-        override.create_time.CopyFrom(_time(ctx.now_ms))
-        return self._save_override(override, "bundle_override.created", ctx)
 
-    def _delete_override(self, state: State, command: DeleteOverride, ctx: Context) -> Decision:
-        known = state.overrides.get(command.name)
-        if known is None:
-            raise NotFoundError("RESOURCE_NOT_FOUND", f"{command.name} does not exist", resource=command.name)
-        check_etag(command.etag, known.etag, known.name)
-        override = pb.BundleOverride()
-        override.CopyFrom(known)
-        decision = self._save_override(override, "bundle_override.deleted", ctx, deleted=True)
-        return replace(decision, result=Empty())
+def _of_override(
+    decide: Callable[[overrides.Overrides, Any, Context], Decision],
+) -> Callable[[State, Any, Context], Decision]:
+    return lambda state, command, ctx: decide(state.overrides, command, ctx)
 
-    def _save_override(
-        self, override: pb.BundleOverride, change: str, ctx: Context, *, deleted: bool = False
-    ) -> Decision:
-        override.etag = str(ctx.version(override.name) + 1)
-        private = events.BundleOverrideSaved(bundle_override=override, deleted=deleted)
-        public = events.BundleOverrideChanged(bundle_override=override, deleted=deleted, change=change)
-        _check_size(public, override.name)
-        event = NewEvent(ctx.organization, override.name, private, public=(Public(override.name, public),))
-        return Decision((event,), override)
+
+def _recounted(
+    fleets: immutables.Map[str, Fleet], before: DeviceFacts | None, after: DeviceFacts
+) -> immutables.Map[str, Fleet]:
+    """A device moves from one count to another."""
+    for device, step in ((before, -1), (after, 1)):
+        if device is None or device.retired or not device.cohort:
+            continue
+        fleet = fleets.get(device.cohort, Fleet())
+        reported = (device.release, device.bundle, device.version)
+        count = fleet.get(reported, 0) + step
+        fleet = fleet.set(reported, count) if count else fleet.delete(reported)
+        fleets = fleets.set(device.cohort, fleet) if fleet else fleets.delete(device.cohort)
+    return fleets
 
 
 def _note(state: State, record: Foreign, ctx: Context) -> Decision:
@@ -388,21 +377,6 @@ def _conflict(release: pb.Release) -> AlreadyExistsError:
     return AlreadyExistsError("RELEASE_CONFLICT", f"{release.name} exists and is another", resource=release.name)
 
 
-def _is_device_of(name: str, product: str) -> bool:
-    rest = name.removeprefix(f"{product}/devices/")
-    return rest != name and bool(rest) and "/" not in rest
-
-
-def _check_size(image: Message, what: str) -> None:
-    if image.ByteSize() > MAX_IMAGE_BYTES:
-        raise ResourceExhaustedError(
-            "QUOTA_EXCEEDED",
-            f"{what} would be larger than {MAX_IMAGE_BYTES} bytes: make it smaller or delete what is not needed",
-            quota="image_bytes",
-            limit=MAX_IMAGE_BYTES,
-        )
-
-
 def _managed(release: pb.Release) -> FailedPreconditionError:
     return FailedPreconditionError(
         "RELEASE_MANAGED",
@@ -410,9 +384,3 @@ def _managed(release: pb.Release) -> FailedPreconditionError:
         resource=release.name,
         rollout=release.rollout,
     )
-
-
-def _time(now_ms: int) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromMilliseconds(now_ms)
-    return stamp

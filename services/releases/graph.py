@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from groundswell.releases.v1 import releases_pb2 as pb
 
-from libs.errors import FailedPreconditionError, InvalidArgumentError
+from libs.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from libs.resolution import RequirementError, VersionError, check_requirement, parse_version
 
 Releases = Mapping[str, pb.Release]
@@ -24,6 +24,8 @@ MAX_COUNT: Final = 1_000_000_000
 MAX_DESCRIPTION: Final = 256
 MAX_TAGS: Final = 64
 MAX_TAG_LENGTH: Final = 128
+MAX_IMAGE_BYTES: Final = 800_000
+"""A graph or an override is published whole, and a record of the log holds less than a mebibyte."""
 END_OF_TIME_S: Final = 253_402_300_800
 """The year 10000."""
 
@@ -209,3 +211,21 @@ def is_phased(release: pb.Release) -> bool:
 def is_scheduled(release: pb.Release, now_ms: int) -> bool:
     """Whether its time is still to come."""
     return release.HasField("schedule_time") and release.schedule_time.ToMilliseconds() > now_ms
+
+
+def check_size(image: Message, what: str) -> None:
+    """What is published whole must fit into a record."""
+    if image.ByteSize() > MAX_IMAGE_BYTES:
+        raise ResourceExhaustedError(
+            "QUOTA_EXCEEDED",
+            f"{what} would be larger than {MAX_IMAGE_BYTES} bytes: make it smaller or delete what is not needed",
+            quota="image_bytes",
+            limit=MAX_IMAGE_BYTES,
+        )
+
+
+def timestamp(now_ms: int) -> Timestamp:
+    """A moment as it is stored."""
+    stamp = Timestamp()
+    stamp.FromMilliseconds(now_ms)
+    return stamp

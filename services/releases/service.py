@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from google.protobuf.message import Message
 from groundswell.artifacts.v1 import artifacts_pb2
+from groundswell.device.v1 import device_pb2
 from groundswell.releases.v1 import releases_pb2 as pb
 from groundswell.releases.v1 import releases_pb2_grpc
 
 from libs.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from libs.eventlog import Runtime
 from libs.names import last_segment, organization_of, parent_of, product_of, segment
-from libs.rpc import not_found, page, snapshot_state, submit
-from services.releases import domain
+from libs.rpc import caller, not_found, page, snapshot_state, submit
+from libs.rpc.access import authorize
+from services.releases import domain, overrides, views
 from services.releases.domain import State
+from services.releases.explain import explanation
 from services.releases.graph import MAX_DESCRIPTION
-from services.releases.views import resolve_devices
 
 _CHOSEN: Final = frozenset(
     {
@@ -37,6 +39,11 @@ _CHOSEN: Final = frozenset(
 _OF_ROLLOUT: Final = frozenset(
     {"name", "bundle", "version", "version_requirement", "security_version", "rollout", "description"}
 )
+
+_PROMOTED: Final = frozenset(
+    {"bundle", "version", "version_requirement", "security_version", "required", "description"}
+)
+MAX_RESOLVED: Final = 500
 
 
 class References(Protocol):
@@ -96,6 +103,14 @@ def _managed_image(wanted: pb.Release) -> pb.Release:
     return release
 
 
+def _promoted(source: pb.Release, name: str, request: Any) -> pb.Release:
+    """The same firmware under another name; phase and schedule are the new cohort's own."""
+    release = pb.Release(name=name)
+    _copy(source, release, _PROMOTED)
+    _copy(request, release, frozenset({"phase", "schedule_time"}))
+    return release
+
+
 class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
     """Public API."""
 
@@ -139,6 +154,35 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         command = domain.DeleteRelease(request.name, request.etag, request.force, request.reason)
         return await submit(self._runtime, organization_of(request.name), command, request, context)
 
+    async def PromoteRelease(self, request: Any, context: Any) -> pb.Release:
+        # The cohort is a second resource of this call: a key that may not see it is told that it does not exist.
+        authorize(caller(), "releases.releases.promote", request.cohort)
+        if product_of(request.cohort) != product_of(request.name):
+            raise InvalidArgumentError(
+                "INVALID_FIELD", "a release is promoted to a cohort of its own product", field="cohort"
+            )
+        source = await self.GetRelease(request, context)
+        name = f"{request.cohort}/releases/{request.release_id or last_segment(request.name)}"
+        release = _promoted(source, name, request)
+        graph = snapshot_state(self._runtime, name).graphs.get(request.cohort)
+        if graph is None or name not in graph:
+            # What was promoted already is answered from the log, whatever has become of it since.
+            if source.retracted:
+                raise FailedPreconditionError(
+                    "RELEASE_RETRACTED", f"{source.name} was retracted for good", resource=source.name
+                )
+            await self._references.check_cohort(request.cohort)
+            await offerable_bundle(self._references, source.bundle, product_of(name), "name")
+        command = domain.Promote(release)
+        promoted: pb.Release = await submit(self._runtime, organization_of(name), command, request, context)
+        return promoted
+
+    async def GetGraph(self, request: Any, context: Any) -> pb.Graph:
+        state = snapshot_state(self._runtime, request.cohort)
+        if request.cohort not in state.graphs:
+            await self._references.check_cohort(request.cohort)
+        return views.graph_image(state, request.cohort, self._now_ms())
+
     async def CreateBundleOverride(self, request: Any, context: Any) -> pb.BundleOverride:
         await self._references.check_product(request.parent)
         bundle = request.bundle_override.bundle
@@ -146,7 +190,7 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         override = pb.BundleOverride()
         override.CopyFrom(request.bundle_override)
         override.name = f"{request.parent}/bundleOverrides/{request.bundle_override_id}"
-        command = domain.CreateOverride(override)
+        command = overrides.CreateOverride(override)
         organization = organization_of(request.parent)
         created: pb.BundleOverride = await submit(self._runtime, organization, command, request, context)
         return created
@@ -163,18 +207,66 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         found, token = page(((n, o) for n, o in state.overrides.items() if n.startswith(prefix)), request)
         return pb.ListBundleOverridesResponse(bundle_overrides=found, next_page_token=token)
 
+    async def UpdateBundleOverride(self, request: Any, context: Any) -> pb.BundleOverride:
+        wanted = request.bundle_override
+        if "bundle" in request.update_mask.paths:
+            product = product_of(wanted.name)
+            await offerable_bundle(self._references, wanted.bundle, product, "bundle_override.bundle")
+        command = overrides.UpdateOverride(wanted, tuple(request.update_mask.paths))
+        updated: pb.BundleOverride = await submit(
+            self._runtime, organization_of(wanted.name), command, request, context
+        )
+        return updated
+
+    async def AddDevices(self, request: Any, context: Any) -> pb.BundleOverride:
+        command = overrides.ChangeDevices(request.name, request.etag, add=tuple(request.devices))
+        changed: pb.BundleOverride = await submit(
+            self._runtime, organization_of(request.name), command, request, context
+        )
+        return changed
+
+    async def RemoveDevices(self, request: Any, context: Any) -> pb.BundleOverride:
+        command = overrides.ChangeDevices(request.name, request.etag, remove=tuple(request.devices))
+        changed: pb.BundleOverride = await submit(
+            self._runtime, organization_of(request.name), command, request, context
+        )
+        return changed
+
     async def DeleteBundleOverride(self, request: Any, context: Any) -> Any:
-        command = domain.DeleteOverride(request.name, request.etag)
+        command = overrides.DeleteOverride(request.name, request.etag)
         return await submit(self._runtime, organization_of(request.name), command, request, context)
 
     async def ResolveDevices(self, request: Any, context: Any) -> pb.ResolveDevicesResponse:
+        asked = len(request.devices) + len(request.supposed_devices)
+        if not 0 < asked <= MAX_RESOLVED:
+            raise InvalidArgumentError(
+                "INVALID_FIELD", f"1 to {MAX_RESOLVED} devices are resolved at once, not {asked}", field="devices"
+            )
         state = snapshot_state(self._runtime, request.parent)
-        unread = self._runtime.snapshot(organization_of(request.parent)).parked.intersection(request.devices)
+        self._refuse_parked(request.parent, [*request.devices, *(like.device for like in request.supposed_devices)])
+        now_ms = request.at_time.ToMilliseconds() if request.HasField("at_time") else self._now_ms()
+        found = views.resolve_devices(state, request.parent, request.devices, request.supposed_devices, now_ms)
+        return pb.ResolveDevicesResponse(resolutions=found, view=self._view(request.parent))
+
+    async def ExplainDevice(self, request: Any, context: Any) -> pb.ExplainDeviceResponse:
+        state = snapshot_state(self._runtime, request.name)
+        self._refuse_parked(request.name, [request.name])
+        running = request.running if request.HasField("running") else None
+        return explanation(state, request.name, running, self._now_ms())
+
+    def _refuse_parked(self, within: str, names: Sequence[str]) -> None:
+        """What is not understood is not guessed."""
+        unread = self._runtime.snapshot(organization_of(within)).parked.intersection(names)
         if unread:
             name = min(unread)
             raise UnavailableError("RESOURCE_PARKED", f"a record of {name} is not understood yet", resource=name)
-        found = resolve_devices(state, request.parent, request.devices, self._now_ms())
-        return pb.ResolveDevicesResponse(resolutions=found)
+
+    def _view(self, within: str) -> device_pb2.ViewPosition:
+        """What a decision was made on."""
+        token = self._runtime.snapshot(organization_of(within)).token
+        return device_pb2.ViewPosition(
+            service=token.service, partition=token.partition, public_seq=token.public_seq, log_id=token.log_id
+        )
 
 
 class ReleasesInternalServicer(releases_pb2_grpc.ReleasesInternalServiceServicer):

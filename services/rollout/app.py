@@ -6,7 +6,7 @@ import grpc
 from groundswell.artifacts.v1 import artifacts_pb2_grpc
 from groundswell.registry.v1 import registry_pb2_grpc
 from groundswell.releases.v1 import releases_pb2_grpc
-from groundswell.rollout.v1 import rollout_pb2_grpc
+from groundswell.rollout.v1 import edge_pb2_grpc, rollout_pb2_grpc
 from redis.asyncio import Redis
 
 from libs.eventlog import Runtime, RuntimeConfig
@@ -16,6 +16,7 @@ from libs.keystore import DirectoryKeyStore
 from libs.rpc import AccessDirectory, RpcServer, channel
 from libs.settings import Settings
 from services.rollout.domain import RolloutDomain, State
+from services.rollout.edge import RolloutEdgeServicer
 from services.rollout.internal import RolloutInternalServicer
 from services.rollout.offers import OfferBuilder
 from services.rollout.service import RolloutServicer
@@ -61,7 +62,13 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
         NAME,
         runtime,
         log,
-        public=[(rollout_pb2_grpc.add_RolloutServiceServicer_to_server, public)],
+        public=[
+            (rollout_pb2_grpc.add_RolloutServiceServicer_to_server, public),
+            (
+                edge_pb2_grpc.add_RolloutEdgeServiceServicer_to_server,
+                RolloutEdgeServicer(internal, directory),
+            ),
+        ],
         internal=[(rollout_pb2_grpc.add_RolloutInternalServiceServicer_to_server, internal)],
         directory=directory,
         parts=[_Connections([registry, artifacts, releases], redis), directory],

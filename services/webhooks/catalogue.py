@@ -27,6 +27,7 @@ EVENT_TYPES: Final[dict[str, str]] = {
     "bundle_override.created": "Named devices are held at a bundle.",
     "bundle_override.deleted": "A bundle override ended.",
     "ca.expired": "A CA's validity ended: it creates no new devices, known ones go on.",
+    "bundle_override.updated": "A bundle override's bundle, time or devices changed.",
     "ca_certificate.registered": "A CA certificate was registered after proof of possession.",
     "ca_certificate.resumed": "A CA's suspension ended.",
     "ca_certificate.revoked": "A CA was denied for good, with every device certificate that it signed.",

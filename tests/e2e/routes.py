@@ -22,16 +22,16 @@ from groundswell.options.v1 import access_pb2
 from groundswell.pki.v1 import pki_pb2
 from groundswell.registry.v1 import registry_pb2
 from groundswell.releases.v1 import releases_pb2
-from groundswell.rollout.v1 import rollout_pb2
+from groundswell.rollout.v1 import edge_pb2, rollout_pb2
 from groundswell.webhooks.v1 import webhooks_pb2
 
 FILES: Final = {
-    "registry": registry_pb2,
-    "pki": pki_pb2,
-    "artifacts": artifacts_pb2,
-    "releases": releases_pb2,
-    "rollout": rollout_pb2,
-    "webhooks": webhooks_pb2,
+    "registry": (registry_pb2,),
+    "pki": (pki_pb2,),
+    "artifacts": (artifacts_pb2,),
+    "releases": (releases_pb2,),
+    "rollout": (rollout_pb2, edge_pb2),
+    "webhooks": (webhooks_pb2,),
 }
 _ORGANIZATION: Final = "organizations/[a-z][a-z0-9-]{1,40}"
 _CLASS: Final = re.compile(r"\[([^\]]+)\](?:\{(\d+)(?:,\d*)?\}|[*+?])?")
@@ -65,8 +65,8 @@ class Route:
 
 def public_routes() -> Iterator[Route]:
     """Every RPC that a public port serves: all but those of internal services."""
-    for service, module in FILES.items():
-        for found in module.DESCRIPTOR.services_by_name.values():
+    for service, modules in FILES.items():
+        for found in (one for module in modules for one in module.DESCRIPTOR.services_by_name.values()):
             if not found.name.endswith("InternalService"):
                 yield from (Route(service, method) for method in found.methods)
         audit = audit_pb2.DESCRIPTOR.services_by_name["AuditService"]

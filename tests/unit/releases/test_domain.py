@@ -8,20 +8,15 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from groundswell.artifacts.v1 import events_pb2 as artifacts_events
 from groundswell.registry.v1 import events_pb2 as registry_events
+from groundswell.registry.v1 import registry_pb2
 from groundswell.releases.v1 import events_pb2 as events
 from groundswell.releases.v1 import releases_pb2 as pb
 from groundswell.rollout.v1 import events_pb2 as rollout_events
 from groundswell.rollout.v1 import rollout_pb2
 
 from libs.eventlog import Event
-from services.releases.domain import (
-    CreateOverride,
-    CreateRelease,
-    DeleteOverride,
-    DeleteRelease,
-    SetManaged,
-    UpdateRelease,
-)
+from services.releases.domain import CreateRelease, DeleteRelease, Promote, SetManaged, UpdateRelease
+from services.releases.overrides import ChangeDevices, CreateOverride, DeleteOverride, UpdateOverride
 from tests.unit.releases.world import (
     COHORT,
     NOW,
@@ -165,15 +160,46 @@ def test_delete_of_the_latest_moves_it_back_unless_two_lead_to_it(fold: Fold) ->
     assert fold.refused(DeleteRelease(name_of("b"), "", force=False, reason="")) == "GRAPH_WOULD_BREAK"
 
 
-def test_a_required_release_is_deleted_only_by_force_with_a_reason(fold: Fold) -> None:
+def test_a_required_release_with_devices_behind_it_is_deleted_only_by_force_with_a_reason(fold: Fold) -> None:
+    fold.do(create("o"))
     fold.do(create("a", required=True))
     chain(fold, "b")
+    device = device_image("SN-1", release=name_of("o"))
+    fold.hear("registry", device.name, registry_events.DeviceChanged(device=device))
     for force, reason in ((False, ""), (True, ""), (False, "because")):
         assert fold.refused(DeleteRelease(name_of("a"), "", force, reason)) == "RELEASE_REQUIRED"
     decision = fold.do(DeleteRelease(name_of("a"), "", force=True, reason="never shipped"))
     saved = decision.events[0].payload
     assert isinstance(saved, events.ReleasesSaved)
     assert saved.reason == "never shipped"
+
+
+def test_a_required_release_that_all_devices_have_passed_is_deleted_like_any_other(fold: Fold) -> None:
+    fold.do(create("o", version="1.0.0", version_requirement="< 1.0.0"))
+    fold.do(create("a", required=True))
+    fold.do(create("m", required=True))
+    chain(fold, "b")
+    delete = DeleteRelease(name_of("m"), "", force=False, reason="")
+    device = device_image("SN-1", version="0.1.0")
+    for reported in ({"version": "0.1.0"}, {"release": name_of("o")}, {"release": name_of("a")}):
+        device.reported.CopyFrom(registry_pb2.ReportedState(**reported))
+        fold.hear("registry", device.name, registry_events.DeviceChanged(device=device))
+        assert fold.refused(delete) == "RELEASE_REQUIRED"
+    device.reported.CopyFrom(registry_pb2.ReportedState(release=name_of("m")))
+    fold.hear("registry", device.name, registry_events.DeviceChanged(device=device))
+    fold.do(delete)
+    assert links(fold.graph) == {"o": "a", "a": "b", "b": ""}
+
+
+def test_a_retired_device_and_one_of_another_cohort_hold_no_release_back(fold: Fold) -> None:
+    chain(fold, "o")
+    fold.do(create("a", required=True))
+    for serial, fields in (("SN-1", {"state": registry_pb2.Device.STATE_RETIRED}), ("SN-2", {"cohort": f"{COHORT}x"})):
+        device = device_image(serial, release=name_of("o"))
+        fold.hear("registry", device.name, registry_events.DeviceChanged(device=device))
+        device.MergeFrom(registry_pb2.Device(**fields))
+        fold.hear("registry", device.name, registry_events.DeviceChanged(device=device))
+    fold.do(DeleteRelease(name_of("a"), "", force=False, reason=""))
 
 
 def test_the_last_release_may_go_and_come_again(fold: Fold) -> None:
@@ -332,6 +358,90 @@ def test_an_override_exists_once(fold: Fold) -> None:
 def test_an_override_stays_small_enough_to_be_published(fold: Fold) -> None:
     devices = [f"{PRODUCT}/devices/{index:0100}" for index in range(8000)]
     assert fold.refused(override(devices=devices)) == "QUOTA_EXCEEDED"
+
+
+def change(**fields: Any) -> UpdateOverride:
+    image = pb.BundleOverride(name=f"{PRODUCT}/bundleOverrides/o", **fields)
+    return UpdateOverride(image, tuple(path for path in fields if path != "etag"))
+
+
+def test_every_field_of_an_override_is_edited_at_any_time(fold: Fold) -> None:
+    fold.do(override(devices=[f"{PRODUCT}/devices/a"], end_time=SOON))
+    fold.inputs.now_ms = SOON.ToMilliseconds() + 1
+    later, end = Timestamp(seconds=SOON.seconds + 9), Timestamp(seconds=SOON.seconds + 10)
+    devices = [f"{PRODUCT}/devices/{serial}" for serial in ("c", "b", "b")]
+    decision = fold.do(change(bundle=bundle_of("b2"), start_time=later, end_time=end, devices=devices))
+    (made,) = fold.state.overrides.values()
+    assert (made.bundle, made.start_time, made.end_time) == (bundle_of("b2"), later, end)
+    assert list(made.devices) == sorted(set(devices))
+    assert made.create_time.ToMilliseconds() == NOW
+    assert decision.events[0].public[0].payload.change == "bundle_override.updated"  # type: ignore[attr-defined]
+    fold.do(UpdateOverride(pb.BundleOverride(name=made.name), ("end_time", "devices")))
+    (made,) = fold.state.overrides.values()
+    assert (made.HasField("end_time"), list(made.devices), made.bundle) == (False, [], bundle_of("b2"))
+
+
+def test_a_mask_changes_only_what_it_names(fold: Fold) -> None:
+    fold.do(override(devices=[f"{PRODUCT}/devices/a"]))
+    image = pb.BundleOverride(name=f"{PRODUCT}/bundleOverrides/o", bundle=bundle_of("b2"), create_time=SOON)
+    fold.do(UpdateOverride(image, ("bundle",)))
+    (made,) = fold.state.overrides.values()
+    assert (made.bundle, list(made.devices)) == (bundle_of("b2"), [f"{PRODUCT}/devices/a"])
+    assert made.create_time.ToMilliseconds() == NOW
+    assert fold.do(UpdateOverride(image, ("bundle",))).events == ()
+
+
+def test_devices_are_added_and_removed_one_by_one(fold: Fold) -> None:
+    fold.do(override())
+    a, b, c = (f"{PRODUCT}/devices/{serial}" for serial in "abc")
+    name = f"{PRODUCT}/bundleOverrides/o"
+
+    def devices() -> list[str]:
+        return list(fold.state.overrides[name].devices)
+
+    fold.do(ChangeDevices(name, "", add=(b, a)))
+    assert devices() == [a, b]
+    assert fold.do(ChangeDevices(name, "", add=(a,))).events == ()
+    fold.do(ChangeDevices(name, "", add=(c,)))
+    fold.do(ChangeDevices(name, "", remove=(a, b)))
+    assert devices() == [c]
+    assert fold.do(ChangeDevices(name, "", remove=(a,))).events == ()
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        (change(etag="7", bundle=bundle_of("b")), "ETAG_MISMATCH"),
+        (change(end_time=Timestamp(seconds=NOW // 1000)), "INVALID_FIELD"),
+        (change(devices=["organizations/acme/products/other/devices/a"]), "INVALID_FIELD"),
+        (UpdateOverride(pb.BundleOverride(name=f"{PRODUCT}/bundleOverrides/o"), ()), "INVALID_FIELD"),
+        (UpdateOverride(pb.BundleOverride(name=f"{PRODUCT}/bundleOverrides/o"), ("name",)), "INVALID_FIELD"),
+        (UpdateOverride(pb.BundleOverride(name=f"{PRODUCT}/bundleOverrides/x"), ("bundle",)), "RESOURCE_NOT_FOUND"),
+        (ChangeDevices(f"{PRODUCT}/bundleOverrides/o", "7", add=(f"{PRODUCT}/devices/a",)), "ETAG_MISMATCH"),
+        (ChangeDevices(f"{PRODUCT}/bundleOverrides/o", "", add=(f"{PRODUCT}/devices/a/b",)), "INVALID_FIELD"),
+        (ChangeDevices(f"{PRODUCT}/bundleOverrides/o", "", remove=(COHORT,)), "INVALID_FIELD"),
+        (ChangeDevices(f"{PRODUCT}/bundleOverrides/x", "", add=(f"{PRODUCT}/devices/a",)), "RESOURCE_NOT_FOUND"),
+    ],
+)
+def test_edits_of_an_override_that_are_refused(fold: Fold, command: object, reason: str) -> None:
+    fold.do(override())
+    assert fold.refused(command) == reason
+
+
+# Promotion.
+
+
+def test_promoting_again_is_the_same_fact_whatever_was_edited_since(fold: Fold) -> None:
+    chain(fold, "a")
+    wanted = pb.Release(name=name_of("p"), bundle=bundle_of("b"), version="2.0.0", required=True, phase=SHARE)
+    first = fold.do(Promote(wanted))
+    assert fold.graph["p"].phase == SHARE
+    fold.do(update("p", "phase", "description", description="open to all"))
+    again = fold.do(Promote(wanted))
+    assert (again.events, first.result.name) == ((), name_of("p"))  # type: ignore[union-attr]
+    assert fold.refused(Promote(pb.Release(name=name_of("p"), bundle=bundle_of("b2")))) == "RELEASE_CONFLICT"
+    fold.do(update("p", "phase", phase=SHARE))
+    assert fold.refused(Promote(pb.Release(name=name_of("q"), bundle=bundle_of("b")))) == "LATEST_IS_PHASED"
 
 
 # What neighbours say.

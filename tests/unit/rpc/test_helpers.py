@@ -13,6 +13,7 @@ from groundswell.registry.v1 import events_pb2, registry_pb2, registry_pb2_grpc
 
 from libs.errors import InvalidArgumentError, UnavailableError
 from libs.eventlog import Foreign
+from libs.eventlog.follower import ParkedRecord
 from libs.eventlog.memory import MemoryLog
 from libs.names import organization_of, parent_of, product_of, segment
 from libs.rpc.commands import page
@@ -170,6 +171,24 @@ async def test_a_stale_view_of_keys_refuses(lag: float, monkeypatch: pytest.Monk
     with pytest.raises(UnavailableError) as error:
         await known.lookup("acme", "organizations/acme/apiKeys/k")
     assert error.value.reason == "ACCESS_VIEW_STALE"
+
+
+@pytest.mark.parametrize("lag", [0.0, 5.1])
+async def test_a_gateway_is_known_while_the_view_is_fresh(lag: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = directory()
+    monkeypatch.setattr(known.follower, "lag_s", lambda partition=None: lag)
+    image = registry_pb2.Gateway(name="organizations/acme/gateways/edge", disabled=True)
+    change = events_pb2.GatewayChanged(gateway=image)
+    known._apply(Foreign("registry", "t", 0, 0, 2, "acme", image.name, change, 0))
+    if lag:
+        with pytest.raises(UnavailableError) as error:
+            await known.gateway(image.name)
+        assert error.value.reason == "ACCESS_VIEW_STALE"
+        return
+    assert await known.gateway(image.name) == image
+    assert await known.gateway("organizations/acme/gateways/unknown") is None
+    known._forget(ParkedRecord("registry", "t", 0, 0, 3, "acme", image.name, "Odd"))
+    assert await known.gateway(image.name) is None
 
 
 def test_names() -> None:
