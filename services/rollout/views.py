@@ -2,40 +2,58 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from groundswell.rollout.v1 import rollout_pb2
 
 from libs.errors import NotFoundError
-from services.rollout.domain import State
+from services.rollout.domain import State, summary
 from services.rollout.domain.attempts import attempt_proto
 from services.rollout.domain.observe import reported_proto
 from services.rollout.domain.stages import view
-from services.rollout.domain.state import Seen
+from services.rollout.domain.state import Attempt, Plan, Seen
 
 RECENT = 100
 RECEIPTS = 20
 
 
-def rollout_of(state: State, name: str) -> rollout_pb2.Rollout:
-    """A rollout with its counts."""
+def _plan(state: State, name: str) -> Plan:
     plan = state.rollouts.get(name)
     if plan is None:
         raise NotFoundError("RESOURCE_NOT_FOUND", f"{name} does not exist", resource=name)
-    return view(plan)
+    return plan
 
 
-def rollouts_of(state: State, product: str) -> Iterator[tuple[str, rollout_pb2.Rollout]]:
-    """All rollouts of a product."""
+def rollout_of(state: State, name: str, now_ms: int) -> rollout_pb2.Rollout:
+    """A rollout with its counts and what they sum up."""
+    plan = _plan(state, name)
+    image = view(plan)
+    for status, counts, told in zip(image.stage_statuses, plan.counts, plan.summaries, strict=True):
+        status.grants_per_minute = summary.per_minute_now(counts.pace, now_ms)
+        summary.describe(told, status)
+    return image
+
+
+def rollouts_of(state: State, product: str) -> Iterator[tuple[str, Callable[[], rollout_pb2.Rollout]]]:
+    """All rollouts of a product, made when they are wanted."""
     prefix = f"{product}/rollouts/"
     for name, plan in state.rollouts.items():
         if name.startswith(prefix):
-            yield name, view(plan)
+            yield name, partial(view, plan)
 
 
-def attempts_of(state: State, parent: str) -> Iterator[tuple[str, rollout_pb2.Attempt]]:
-    """All attempts of a rollout or of a device."""
+def held_in(state: State, rollout: str) -> Iterator[tuple[str, rollout_pb2.HeldDevice]]:
+    """Devices that must go back and cannot."""
+    for device, held in _plan(state, rollout).held.items():
+        yield (
+            device,
+            rollout_pb2.HeldDevice(device=device, release=held.release, stage=held.stage, reason=held.reason),
+        )
+
+
+def attempts_of(state: State, parent: str) -> Iterator[tuple[str, Callable[[], rollout_pb2.Attempt]]]:
+    """All attempts of a rollout or of a device, made when they are wanted."""
     if parent in state.rollouts:
         names = tuple(state.by_rollout.get(parent, ()))
     elif parent in state.devices or parent in state.seen:
@@ -43,14 +61,18 @@ def attempts_of(state: State, parent: str) -> Iterator[tuple[str, rollout_pb2.At
     else:
         raise NotFoundError("RESOURCE_NOT_FOUND", f"{parent} does not exist", resource=parent)
     for name in names:
-        yield name, attempt_proto(state, state.attempts[name])
+        yield name, partial(attempt_proto, state, state.attempts[name])
 
 
 def recent_attempts(state: State, rollout: str) -> list[rollout_pb2.Attempt]:
-    """Those in flight first, then the newest, at most a hundred."""
-    found = [state.attempts[name] for name in state.by_rollout.get(rollout, ())]
-    newest = heapq.nsmallest(RECENT, found, key=lambda it: (not it.in_flight, -it.granted_ms, it.name))
-    return [attempt_proto(state, attempt) for attempt in newest]
+    """Those in flight, the newest first, then those that ended last, at most a hundred."""
+
+    def newest(attempt: Attempt) -> tuple[int, str]:
+        return -attempt.granted_ms, attempt.name
+
+    live = sorted((state.attempts[name] for name in state.live.get(rollout, ())), key=newest)
+    ended = [state.attempts[name] for name in reversed(_plan(state, rollout).recent)]
+    return [attempt_proto(state, attempt) for attempt in (*live, *ended)[:RECENT]]
 
 
 def explanation(state: State, device: str) -> rollout_pb2.ExplainDeviceResponse:
