@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from groundswell.rollout.v1 import rollout_pb2
 
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)(ms|s|m|h|d)?")
 HELP: Final = (
     "A stage, in order: `COHORT[:KEY=VALUE,…]` with max (in flight), min (sample), soak, dark, stall (durations: 30s, "
     "10m), success and share (per cent: 95%), count, rate (grants a minute), failures, tags (any of a+b), name, "
@@ -19,12 +21,11 @@ HELP: Final = (
 
 def duration(text: str) -> Duration:
     """A duration such as ``90s``, ``10m`` or ``1.5h``."""
-    number = text.rstrip("msdh")
-    unit = text[len(number) :] or "s"
-    if unit not in _UNITS:
+    match = _DURATION.fullmatch(text)
+    if match is None:
         raise ValueError(f"'{text}' is no duration: write 30s, 10m, 2h or 1d")
     found = Duration()
-    found.FromMilliseconds(round(float(number) * _UNITS[unit] * 1000))
+    found.FromMilliseconds(round(float(match[1]) * _UNITS[match[2] or "s"] * 1000))
     return found
 
 

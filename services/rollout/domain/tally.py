@@ -90,9 +90,10 @@ def recount(state: State, before: Attempt | None, after: Attempt) -> State:
     changed: dict[str, int] = {name: getattr(counts, name) + amount for name, amount in delta.items() if amount}
     if not changed:
         return state
+    bad = counts.bad
     counts = replace(counts, **changed)  # type: ignore[arg-type]
-    if counts.forgiven > counts.bad:  # a failure that was tried again is no longer among those that were accepted
-        counts = replace(counts, forgiven=counts.bad)
+    if counts.forgiven and counts.bad < bad:  # what is tried again is no longer among the failures that were accepted
+        counts = replace(counts, forgiven=max(0, counts.forgiven - (bad - counts.bad)))
     if counts.in_flight > counts.peak_in_flight:
         counts = replace(counts, peak_in_flight=counts.in_flight)
     return with_counts(state, after, counts)

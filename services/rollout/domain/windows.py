@@ -46,7 +46,7 @@ def closed_for_ms(window: Window | None, now_ms: int) -> int:
         return 0
     try:
         zone = ZoneInfo(window.time_zone)
-    except (OSError, ValueError):
+    except (KeyError, OSError, ValueError):
         return UNKNOWN_ZONE_MS
     today = datetime.fromtimestamp(now_ms / 1000, UTC).astimezone(zone).date()
     opening = -1
