@@ -8,7 +8,7 @@ import sys
 from deploy.local import control
 from deploy.local.settings import load
 
-BENCHMARKS = ("bench.log_submit",)
+BENCHMARKS = ("bench.log_submit", "bench.grants", "bench.rollout_scale")
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ Checks go from what never changes to what changes soonest. A refusal says whethe
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from groundswell.releases.v1 import releases_pb2
@@ -23,6 +23,7 @@ from groundswell.rollout.v1 import rollout_pb2
 from libs.eventlog.model import Context
 from libs.resolution.buckets import in_share
 from services.rollout.domain import attempts, summary
+from services.rollout.domain.copying import replace
 from services.rollout.domain.stages import REACHED
 from services.rollout.domain.state import (
     FORWARD,

@@ -7,7 +7,6 @@ attempt with a deadline is in exactly one bucket of ``due``, one without is in n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -19,6 +18,7 @@ from immutables import Map
 
 from libs.eventlog.model import Event
 from services.rollout.domain import facts, summary, tally
+from services.rollout.domain.copying import replace
 from services.rollout.domain.state import (
     CONFIRMED,
     DUE_BUCKET_MS,
@@ -82,37 +82,38 @@ def silence_ms(state: State, attempt: Attempt) -> int:
     return seen.last_seen_ms + expected_ms(state, attempt.device) + attempt.policy.dark_after_ms
 
 
-def _index(state: State, attempt: Attempt) -> State:
+def _indexed(state: State, attempt: Attempt) -> dict[str, Any]:
     """Store an attempt and put it in the bucket of its deadline."""
     old = state.attempts.get(attempt.name)
     before = old.due_ms if old is not None else -1
     after = deadline_ms(state, attempt)
-    due, watched, floor = state.due, state.watched, state.due_floor
-    if before != after:
-        if before >= 0:
-            bucket = before // DUE_BUCKET_MS
-            rest = due[bucket].delete(attempt.name)
-            due = due.set(bucket, rest) if rest else due.delete(bucket)
-        if after >= 0:
-            bucket = after // DUE_BUCKET_MS
-            due = due.set(bucket, due.get(bucket, Map()).set(attempt.name, None))
-            floor = min(floor, bucket)
-        if before < 0 <= after:
-            watched = watched.set(attempt.name, None)
-        elif after < 0 <= before:
-            watched = watched.delete(attempt.name)
-        attempt = replace(attempt, due_ms=after)
-    return replace(
-        state,
-        attempts=state.attempts.set(attempt.name, attempt),
-        due=due,
-        watched=watched,
-        due_floor=floor,
-    )
+    if before == after:
+        return {"attempts": state.attempts.set(attempt.name, attempt)}
+    changes: dict[str, Any] = {"attempts": state.attempts.set(attempt.name, replace(attempt, due_ms=after))}
+    due = state.due
+    if before >= 0:
+        bucket = before // DUE_BUCKET_MS
+        rest = due[bucket].delete(attempt.name)
+        due = due.set(bucket, rest) if rest else due.delete(bucket)
+    if after >= 0:
+        bucket = after // DUE_BUCKET_MS
+        due = due.set(bucket, due.get(bucket, Map()).set(attempt.name, None))
+        changes["due_floor"] = min(state.due_floor, bucket)
+    changes["due"] = due
+    if before < 0 <= after:
+        changes["watched"] = state.watched.set(attempt.name, None)
+    elif after < 0 <= before:
+        changes["watched"] = state.watched.delete(attempt.name)
+    return changes
 
 
-def _store(state: State, before: Attempt | None, after: Attempt) -> State:
-    return _index(tally.recount(state, before, after), after)
+def _index(state: State, attempt: Attempt) -> State:
+    return replace(state, **_indexed(state, attempt))
+
+
+def _store(state: State, before: Attempt, after: Attempt) -> State:
+    counts = tally.recount(state, tally.counts_of(state, after), before, after)
+    return replace(state, **tally.placed(state, after, counts), **_indexed(state, after))
 
 
 # Devices that must come back ---------------------------------------------------------------------------------------
@@ -205,16 +206,18 @@ def _granted(state: State, payload: events_pb2.AttemptGranted, event: Event) -> 
     elif claim.held:
         counts = replace(counts, held=counts.held - 1)
         state = _let_go(state, it.rollout, it.device)
-    state = tally.with_counts(state, attempt, counts)
+    counts = tally.recount(state, counts, None, attempt)
     seen = state.seen.get(it.device, Seen())
-    state = replace(
+    changes = tally.placed(state, attempt, counts) | _indexed(state, attempt)
+    if it.rollout:
+        changes["by_rollout"] = _put(state.by_rollout, it.rollout, it.name)
+    return replace(
         state,
         claims=state.claims.set(key, replace(claim, attempts=(*claim.attempts, it.name), held="")),
         seen=state.seen.set(it.device, replace(seen, live=it.name, attempts=(*seen.attempts, it.name))),
         live=_put(state.live, attempt.plan, it.name),
-        by_rollout=_put(state.by_rollout, it.rollout, it.name) if it.rollout else state.by_rollout,
+        **changes,
     )
-    return _store(state, None, attempt)
 
 
 def _moved(state: State, payload: events_pb2.AttemptMoved, event: Event) -> State:
@@ -229,17 +232,24 @@ def _moved(state: State, payload: events_pb2.AttemptMoved, event: Event) -> Stat
         confirmed_ms=state.stream_ms if payload.state == CONFIRMED else before.confirmed_ms,
         soaked=before.soaked and payload.state == CONFIRMED,
     )
+    changes: dict[str, Any] = {}
+    seen_changes: dict[str, Any] = {}
     if before.in_flight and not after.in_flight:
-        state = replace(state, live=_drop(state.live, before.plan, before.name))
-        seen = replace(seen, live="" if seen.live == before.name else seen.live)
+        changes["live"] = _drop(state.live, before.plan, before.name)
+        if seen.live == before.name:
+            seen_changes["live"] = ""
     if after.state in (CONFIRMED, WENT_DARK) and not after.superseded:
-        seen = replace(seen, anchor=after.name)
+        seen_changes["anchor"] = after.name
     elif seen.anchor == after.name:
-        seen = replace(seen, anchor="")
+        seen_changes["anchor"] = ""
     if after.state == CONFIRMED:
-        seen = replace(seen, floor=max(seen.floor, after.security_version))
-    state = tally.tried(replace(state, seen=state.seen.set(before.device, seen)), before, after)
-    return _store(tally.summed_up(state, before, after, event), before, after)
+        seen_changes["floor"] = max(seen.floor, after.security_version)
+    if seen_changes:
+        changes["seen"] = state.seen.set(before.device, replace(seen, **seen_changes))
+    changes |= tally.tried(state, before, after)
+    changes |= tally.moved(state, before, after, event)
+    changes |= _indexed(state, after)
+    return replace(state, **changes)
 
 
 def _retry_allowed(state: State, payload: events_pb2.RetryAllowed, _event: Event) -> State:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from groundswell.artifacts.v1 import events_pb2 as artifacts_events
 from groundswell.registry.v1 import events_pb2 as registry_events
 from groundswell.registry.v1 import registry_pb2
@@ -11,6 +9,7 @@ from groundswell.releases.v1 import events_pb2 as releases_events
 from groundswell.rollout.v1 import rollout_pb2
 
 from libs.eventlog.model import Event
+from services.rollout.domain.copying import replace
 from services.rollout.domain.state import BundleFacts, DeviceFacts, ProductFacts, State, duration_ms
 from services.rollout.domain.windows import window_of
 

@@ -7,12 +7,14 @@ by adding them up.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 from groundswell.rollout.v1 import rollout_pb2
 from immutables import Map
+
+from services.rollout.domain.copying import replace
 
 STEPS: Final = 40
 """Steps of the histogram: the square roots of two from one second to eight days; the last takes all beyond."""

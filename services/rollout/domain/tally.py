@@ -5,13 +5,13 @@ A counter of a plan changes only by the difference between an attempt before and
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from groundswell.rollout.v1 import rollout_pb2
 
 from libs.eventlog.model import Event
 from services.rollout.domain import summary
+from services.rollout.domain.copying import replace
 from services.rollout.domain.state import (
     CANCELLED,
     CONFIRMED,
@@ -40,13 +40,17 @@ def counts_of(state: State, attempt: Attempt) -> Counts:
     return state.plain.get(attempt.plan, Counts())
 
 
-def with_counts(state: State, attempt: Attempt, counts: Counts) -> State:
-    """Store counters of its plan."""
+Changes = dict[str, Any]
+"""Fields of the state that change; one event is one copy of the state."""
+
+
+def placed(state: State, attempt: Attempt, counts: Counts, **more: Any) -> Changes:
+    """Store counters of its plan, with ``more`` of a rollout's."""
     if not attempt.rollout:
-        return replace(state, plain=state.plain.set(attempt.plan, counts))
-    plan = state.rollouts[attempt.rollout]
-    changed = (*plan.counts[: attempt.stage], counts, *plan.counts[attempt.stage + 1 :])
-    return replace(state, rollouts=state.rollouts.set(attempt.rollout, replace(plan, counts=changed)))
+        return {"plain": state.plain.set(attempt.plan, counts)}
+    plan, stage = state.rollouts[attempt.rollout], attempt.stage
+    changed = (*plan.counts[:stage], counts, *plan.counts[stage + 1 :])
+    return {"rollouts": state.rollouts.set(attempt.rollout, replace(plan, counts=changed, **more))}
 
 
 def _share(attempt: Attempt) -> dict[str, int]:
@@ -76,27 +80,26 @@ def _share(attempt: Attempt) -> dict[str, int]:
     return share
 
 
-def recount(state: State, before: Attempt | None, after: Attempt) -> State:
-    """Move the counters by the difference."""
+def recount(state: State, counts: Counts, before: Attempt | None, after: Attempt) -> Counts:
+    """Counters moved by the difference."""
     plan = state.rollouts.get(after.rollout) if after.rollout else None
-    counts = counts_of(state, after)
-    frozen = plan is not None and 0 <= plan.count_until_ms < state.stream_ms
     delta: dict[str, int] = _share(after)
     if before is not None:
         for name, amount in _share(before).items():
             delta[name] = delta.get(name, 0) - amount
-    if frozen:  # long after completion, outcomes are events only; what is in flight is always true
+    if plan is not None and 0 <= plan.count_until_ms < state.stream_ms:
+        # Long after completion, outcomes are events only; what is in flight is always true.
         delta = {name: amount for name, amount in delta.items() if name == "in_flight"}
     changed: dict[str, int] = {name: getattr(counts, name) + amount for name, amount in delta.items() if amount}
     if not changed:
-        return state
+        return counts
+    if changed.get("in_flight", 0) > counts.peak_in_flight:
+        changed["peak_in_flight"] = changed["in_flight"]
     bad = counts.bad
-    counts = replace(counts, **changed)  # type: ignore[arg-type]
+    counts = replace(counts, **changed)
     if counts.forgiven and counts.bad < bad:  # what is tried again is no longer among the failures that were accepted
         counts = replace(counts, forgiven=max(0, counts.forgiven - (bad - counts.bad)))
-    if counts.in_flight > counts.peak_in_flight:
-        counts = replace(counts, peak_in_flight=counts.in_flight)
-    return with_counts(state, after, counts)
+    return counts
 
 
 def rate(state: State, attempt: rollout_pb2.Attempt) -> int:
@@ -105,10 +108,10 @@ def rate(state: State, attempt: rollout_pb2.Attempt) -> int:
     return plan.control.stages[attempt.stage].max_grants_per_minute if plan is not None else 0
 
 
-def tried(state: State, before: Attempt, after: Attempt) -> State:
+def tried(state: State, before: Attempt, after: Attempt) -> Changes:
     """What an outcome uses up of the device's tries."""
     if after.state == before.state or after.state not in (EXPIRED, FAILED, REVERTED, CONFIRMED):
-        return state
+        return {}
     key = tries_of(state, after)
     known = state.tries.get(key)
     match after.state:
@@ -116,21 +119,22 @@ def tried(state: State, before: Attempt, after: Attempt) -> State:
             tries = replace(known or Tries(), expired=(known.expired if known else 0) + 1)
         case s if s == CONFIRMED:
             if known is None:
-                return state
+                return {}
             tries = replace(known, expired=0)
         case _:
             plan = state.rollouts.get(after.rollout) if after.rollout else None
             epoch = plan.control.retries if plan is not None else 0
             tries = Tries((known.failed if known else 0) + 1, 0, epoch, allowed=False, code=after.code)
-    return replace(state, tries=state.tries.set(key, tries))
+    return {"tries": state.tries.set(key, tries)}
 
 
-def summed_up(state: State, before: Attempt, after: Attempt, event: Event) -> State:
-    """The summary of its stage, and the list of what ended last."""
+def moved(state: State, before: Attempt, after: Attempt, event: Event) -> Changes:
+    """Counters, and of a rollout the summary of its stage and the list of what ended last."""
+    counts = recount(state, counts_of(state, after), before, after)
     if not after.rollout or after.state == before.state:
-        return state
-    plan = state.rollouts[after.rollout]
-    counts, told = plan.counts[after.stage], plan.summaries[after.stage]
+        return placed(state, after, counts)
+    plan, stage = state.rollouts[after.rollout], after.stage
+    told = plan.summaries[stage]
     if after.state == EXPIRED:
         counts = replace(counts, expired=counts.expired + 1)
     elif after.state == CANCELLED:
@@ -139,14 +143,12 @@ def summed_up(state: State, before: Attempt, after: Attempt, event: Event) -> St
         told = summary.ended_with(told, after.code)
     elif after.state == CONFIRMED and after.kind == FORWARD and before.state != WENT_DARK:
         told = summary.took(told, max(0, event.occurred_at_ms - after.granted_ms))
-    ended = before.in_flight and not after.in_flight
-    plan = replace(
-        plan,
-        counts=(*plan.counts[: after.stage], counts, *plan.counts[after.stage + 1 :]),
-        summaries=(*plan.summaries[: after.stage], told, *plan.summaries[after.stage + 1 :]),
-        recent=(*plan.recent[1 - RECENT :], after.name) if ended else plan.recent,
-    )
-    return replace(state, rollouts=state.rollouts.set(after.rollout, plan))
+    more: Changes = {}
+    if told is not plan.summaries[stage]:
+        more["summaries"] = (*plan.summaries[:stage], told, *plan.summaries[stage + 1 :])
+    if before.in_flight and not after.in_flight:
+        more["recent"] = (*plan.recent[1 - RECENT :], after.name)
+    return placed(state, after, counts, **more)
 
 
 def measured(state: State, seen: Seen, metrics: dict[str, float]) -> State:
