@@ -133,10 +133,7 @@ async def bare_hops(fleet: Fleet, bare: Bare, hops: int, times: int) -> float:
     await fleet.beat(1)
     written = await bare.read_since(start)
     one = [written[0][:1], []]
-    spent = []
-    for _ in range(times):
-        spent.append(sum([await bare.produce(one) for _ in range(hops)]))
-    return statistics.median(spent)
+    return statistics.median([sum([await bare.produce(one) for _ in range(hops)]) for _ in range(times)])
 
 
 async def main(kafka: str, cohorts: int, each: int, rounds: int) -> None:

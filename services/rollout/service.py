@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from libs.errors import InvalidArgumentError, UnavailableError
 from libs.eventlog import Deadline, Runtime
 from libs.names import organization_of, product_of
-from libs.rpc import page, snapshot_state, submit
+from libs.rpc import page_in_order, snapshot_state, submit
 from services.rollout import views
 from services.rollout.domain import Control, CreateRollout, State
 from services.rollout.domain.control import check_plan
@@ -89,7 +89,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         self, request: rollout_pb2.ListRolloutsRequest, _context: Any
     ) -> rollout_pb2.ListRolloutsResponse:
         state = snapshot_state(self._runtime, request.parent)
-        found, token = page(views.rollouts_of(state, request.parent), request)
+        found, token = page_in_order(views.rollouts_of(state, request.parent), request)
         return rollout_pb2.ListRolloutsResponse(rollouts=found, next_page_token=token)
 
     async def _control(self, verb: str, request: Any, context: Any) -> rollout_pb2.Rollout:
@@ -155,14 +155,14 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         self, request: rollout_pb2.ListAttemptsRequest, _context: Any
     ) -> rollout_pb2.ListAttemptsResponse:
         state = snapshot_state(self._runtime, request.parent)
-        found, token = page(views.attempts_of(state, request.parent), request)
+        found, token = page_in_order(views.attempts_of(state, request.parent), request)
         return rollout_pb2.ListAttemptsResponse(attempts=found, next_page_token=token)
 
     async def ListHeldDevices(
         self, request: rollout_pb2.ListHeldDevicesRequest, _context: Any
     ) -> rollout_pb2.ListHeldDevicesResponse:
         state = snapshot_state(self._runtime, request.parent)
-        found, token = page(views.held_in(state, request.parent), request)
+        found, token = page_in_order(views.held_in(state, request.parent), request)
         return rollout_pb2.ListHeldDevicesResponse(held_devices=found, next_page_token=token)
 
     async def ExplainDevice(

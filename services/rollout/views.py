@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
+from google.protobuf.message import Message
 from groundswell.rollout.v1 import rollout_pb2
 
 from libs.errors import NotFoundError
@@ -14,6 +15,8 @@ from services.rollout.domain.observe import reported_proto
 from services.rollout.domain.stages import view
 from services.rollout.domain.state import Attempt, Plan, Seen
 
+M = TypeVar("M", bound=Message)
+Walk = Callable[[str], Iterator[tuple[str, M]]]
 RECENT = 100
 RECEIPTS = 20
 
@@ -35,33 +38,42 @@ def rollout_of(state: State, name: str, now_ms: int) -> rollout_pb2.Rollout:
     return image
 
 
-def rollouts_of(state: State, product: str) -> Iterator[tuple[str, Callable[[], rollout_pb2.Rollout]]]:
-    """All rollouts of a product, made when they are wanted."""
+def _walk(names: Iterable[str], make: Callable[[str], M]) -> Walk[M]:
+    """What has names after a given one, in their order; made when its turn comes."""
+
+    def walk(after: str) -> Iterator[tuple[str, M]]:
+        for name in sorted(name for name in names if name > after):
+            yield name, make(name)
+
+    return walk
+
+
+def rollouts_of(state: State, product: str) -> Walk[rollout_pb2.Rollout]:
+    """All rollouts of a product."""
     prefix = f"{product}/rollouts/"
-    for name, plan in state.rollouts.items():
-        if name.startswith(prefix):
-            yield name, partial(view, plan)
+    return _walk((name for name in state.rollouts if name.startswith(prefix)), lambda name: view(state.rollouts[name]))
 
 
-def held_in(state: State, rollout: str) -> Iterator[tuple[str, rollout_pb2.HeldDevice]]:
+def held_in(state: State, rollout: str) -> Walk[rollout_pb2.HeldDevice]:
     """Devices that must go back and cannot."""
-    for device, held in _plan(state, rollout).held.items():
-        yield (
-            device,
-            rollout_pb2.HeldDevice(device=device, release=held.release, stage=held.stage, reason=held.reason),
-        )
+    held = _plan(state, rollout).held
+
+    def make(device: str) -> rollout_pb2.HeldDevice:
+        it = held[device]
+        return rollout_pb2.HeldDevice(device=device, release=it.release, stage=it.stage, reason=it.reason)
+
+    return _walk(held, make)
 
 
-def attempts_of(state: State, parent: str) -> Iterator[tuple[str, Callable[[], rollout_pb2.Attempt]]]:
-    """All attempts of a rollout or of a device, made when they are wanted."""
+def attempts_of(state: State, parent: str) -> Walk[rollout_pb2.Attempt]:
+    """All attempts of a rollout or of a device."""
     if parent in state.rollouts:
         names = tuple(state.by_rollout.get(parent, ()))
     elif parent in state.devices or parent in state.seen:
         names = state.seen.get(parent, Seen()).attempts
     else:
         raise NotFoundError("RESOURCE_NOT_FOUND", f"{parent} does not exist", resource=parent)
-    for name in names:
-        yield name, partial(attempt_proto, state, state.attempts[name])
+    return _walk(names, lambda name: attempt_proto(state, state.attempts[name]))
 
 
 def recent_attempts(state: State, rollout: str) -> list[rollout_pb2.Attempt]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libs.errors import InvalidArgumentError, NotFoundError
-from libs.rpc import page
+from libs.rpc import page_in_order
 from services.rollout import views
 from services.rollout.domain import summary
 from tests.simulation.rollout.world import PRODUCT, Rollout, Status, World, cohort
@@ -24,7 +24,7 @@ def shown(small: Small) -> rollout_pb2.StageStatus:
 
 def listed(small: Small, filter_: str = "", parent: str = NAME) -> list[rollout_pb2.Attempt]:
     request = rollout_pb2.ListAttemptsRequest(parent=parent, filter=filter_)
-    return page(views.attempts_of(small.leader.state, parent), request)[0]
+    return page_in_order(views.attempts_of(small.leader.state, parent), request)[0]
 
 
 # Durations.
@@ -186,14 +186,14 @@ def test_held_devices_are_listed_with_reasons_until_they_go(small: Small) -> Non
     small.confirmed(device)
     small.control("roll_back", "r")
     small.claim(device)
-    held = [it for _, it in views.held_in(small.leader.state, NAME)]
+    held = [it for _, it in views.held_in(small.leader.state, NAME)("")]
     assert [(it.device, it.reason.code, it.stage) for it in held] == [(device.name, "SECURITY_FLOOR", 0)]
     assert held[0].release.endswith("/releases/r-1")
     with pytest.raises(NotFoundError):
-        list(views.held_in(small.leader.state, f"{PRODUCT}/rollouts/none"))
+        views.held_in(small.leader.state, f"{PRODUCT}/rollouts/none")
     small.add_bundle("1.0.0", 1)
     assert small.claim(device).HasField("offer")
-    assert list(views.held_in(small.leader.state, NAME)) == []
+    assert list(views.held_in(small.leader.state, NAME)("")) == []
     assert shown(small).held == 0
     small.leader.replay()
 
