@@ -8,7 +8,12 @@ import sys
 from deploy.local import control
 from deploy.local.settings import load
 
-BENCHMARKS = ("bench.resolve", "bench.log_submit")
+BENCHMARKS = (
+    "bench.resolve",
+    "bench.log_submit",
+    "bench.grants",
+    "bench.rollout_scale",
+)
 
 
 def main() -> int:

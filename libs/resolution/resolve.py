@@ -48,7 +48,9 @@ _STOPPED: Final[Mapping[str, tuple[Code, str]]] = {
     "ROLLING_BACK": (Code.ROLLOUT_ROLLING_BACK, "it will not offer it again: create a new rollout"),
     "ROLLED_BACK": (Code.ROLLOUT_ROLLED_BACK, "it will not offer it again: create a new rollout"),
     "ABORTED": (Code.ROLLOUT_ABORTED, "it will not offer it again: create a new rollout"),
+    "KILLED": (Code.ROLLOUT_KILLED, "it will not offer it again: create a new rollout"),
 }
+_SUPERSEDED: Final = (Code.ROLLOUT_SUPERSEDED, "it goes on when the expedited rollout that paused it ends")
 """Codes are those of the rollout leader's refusals in the same state."""
 
 
@@ -319,6 +321,8 @@ def _explain_plan(device: DeviceFacts, plan: PlanFacts, steps: list[Step]) -> No
         current = plan.stages[plan.current_stage].display_name if plan.current_stage < len(plan.stages) else ""
         state = plan.state + (f" ({plan.state_reason})" if plan.state_reason else "")
         stopped = _STOPPED.get(plan.state)
+        if plan.state == "PAUSED" and plan.state_reason == "SUPERSEDED":
+            stopped = _SUPERSEDED
         metadata = {
             "version": plan.version,
             "stage": stage.display_name,

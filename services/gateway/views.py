@@ -294,10 +294,16 @@ class GatewayViews:
         """Whether an attempt of the device is in flight."""
         return device in self._live_attempts
 
-    def plan_allows_download(self, rollout: str, control_epoch: int) -> bool:
-        """False once the rollout stopped offers after the link was sealed. Plain releases have no such control."""
-        known = self._rollouts.get(rollout)
-        return not rollout or (known is not None and known.control_epoch <= control_epoch)
+    def plan_allows_download(self, plan: str, control_epoch: int) -> bool:
+        """False once the rollout stopped offers after the link was sealed, or while a plain release is disabled."""
+        if not plan:
+            return True
+        if "/releases/" in plan:
+            graph = self._graphs.get(plan.partition("/releases/")[0])
+            node = graph.releases.get(plan) if graph is not None else None
+            return node is not None and not node.disabled and not node.retracted
+        known = self._rollouts.get(plan)
+        return known is not None and known.control_epoch <= control_epoch
 
     def blob_key(self, organization: str, digest: str) -> str | None:
         """Key of a binary in the object store."""

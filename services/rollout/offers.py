@@ -1,7 +1,8 @@
 """Completes an offer: the signed statement, the binaries that fit, and a sealed link for each.
 
 Sealing needs a key and the clock, so it happens here and not in the decision. A link lives as long as the attempt may;
-a pause, abort or kill ends it earlier, because it carries the control epoch of its plan.
+a pause, abort or kill ends it earlier, because it carries the control epoch of its plan. The plan of a plain release is
+the release itself: its links end when it is disabled.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class OfferBuilder:
                 attempt=attempt.name,
                 device_uid=facts.uid,
                 digest=entry.sha256,
-                rollout=attempt.rollout,
+                rollout=attempt.rollout or attempt.release,
                 control_epoch=epoch,
                 expires_at_ms=now_ms + attempt.policy.max_lease_ms,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -14,10 +15,10 @@ from groundswell.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from libs.errors import InvalidArgumentError
-from libs.eventlog import Runtime
+from libs.errors import InvalidArgumentError, UnavailableError
+from libs.eventlog import Deadline, Runtime
 from libs.names import organization_of, product_of
-from libs.rpc import page, snapshot_state, submit
+from libs.rpc import page_in_order, snapshot_state, submit
 from services.rollout import views
 from services.rollout.domain import Control, CreateRollout, State
 from services.rollout.domain.control import check_plan
@@ -25,9 +26,14 @@ from services.rollout.domain.stages import managed_release
 from services.rollout.keys import receipt_key
 from services.rollout.tasks import asked
 
-WATCH_EVERY_S: Final = 0.1
+WATCH_PAUSE_S: Final = 0.1
+"""Between two updates of a watcher, at least: a fleet changes faster than anybody reads."""
 WATCH_LEAST_S: Final = 1.0
 """A watcher hears at least this often, so that it sees how far observations are behind."""
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
@@ -77,17 +83,18 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
             await asked(self._releases.CreateManagedRelease(request))
 
     async def GetRollout(self, request: rollout_pb2.GetRolloutRequest, _context: Any) -> rollout_pb2.Rollout:
-        return views.rollout_of(snapshot_state(self._runtime, request.name), request.name)
+        return views.rollout_of(snapshot_state(self._runtime, request.name), request.name, _now_ms())
 
     async def ListRollouts(
         self, request: rollout_pb2.ListRolloutsRequest, _context: Any
     ) -> rollout_pb2.ListRolloutsResponse:
         state = snapshot_state(self._runtime, request.parent)
-        found, token = page(views.rollouts_of(state, request.parent), request)
+        found, token = page_in_order(views.rollouts_of(state, request.parent), request)
         return rollout_pb2.ListRolloutsResponse(rollouts=found, next_page_token=token)
 
     async def _control(self, verb: str, request: Any, context: Any) -> rollout_pb2.Rollout:
-        command = Control(verb, request.name, request.etag, getattr(request, "reason", ""))
+        devices = tuple(getattr(request, "devices", ()))
+        command = Control(verb, request.name, request.etag, getattr(request, "reason", ""), devices)
         return await submit(self._runtime, organization_of(request.name), command, request, context)  # type: ignore[no-any-return]
 
     async def StartRollout(self, request: rollout_pb2.StartRolloutRequest, context: Any) -> rollout_pb2.Rollout:
@@ -108,33 +115,55 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     async def AdvanceStage(self, request: rollout_pb2.AdvanceStageRequest, context: Any) -> rollout_pb2.Rollout:
         return await self._control("advance", request, context)
 
+    async def RetryRollout(self, request: rollout_pb2.RetryRolloutRequest, context: Any) -> rollout_pb2.Rollout:
+        return await self._control("retry", request, context)
+
+    async def KillRollout(self, request: rollout_pb2.KillRolloutRequest, context: Any) -> rollout_pb2.Rollout:
+        return await self._control("kill", request, context)
+
     async def WatchRollout(
         self, request: rollout_pb2.WatchRolloutRequest, context: Any
     ) -> AsyncIterator[rollout_pb2.WatchRolloutResponse]:
-        """The rollout at every change, and once a second how far observations are behind, until it is cancelled."""
+        """The rollout at every change, and once a second how far observations are behind, until it is cancelled.
+
+        It waits for the log and polls nothing. Any replica serves it; one that can read no more ends it with
+        UNAVAILABLE, and the watcher asks again: the first answer is the rollout as it is.
+        """
+        organization = organization_of(request.name)
         shown: object = None
-        shown_at = 0.0
         while not context.cancelled():
             state = snapshot_state(self._runtime, request.name)
-            plan = state.rollouts.get(request.name)
-            now = time.monotonic()
-            if plan is None or plan is not shown or now - shown_at >= WATCH_LEAST_S:
-                shown, shown_at = plan, now
-                behind = time.time() - state.append_ms / 1000 if state.append_ms else 0.0
-                yield rollout_pb2.WatchRolloutResponse(
-                    rollout=views.rollout_of(state, request.name),
-                    observation_lag_s=max(0.0, behind),
-                    stream_time_s=state.stream_ms / 1000,
-                    recent_attempts=views.recent_attempts(state, request.name),
-                )
-            await asyncio.sleep(WATCH_EVERY_S)
+            shown = state.rollouts.get(request.name)
+            behind = time.time() - state.append_ms / 1000 if state.append_ms else 0.0
+            yield rollout_pb2.WatchRolloutResponse(
+                rollout=views.rollout_of(state, request.name, _now_ms()),
+                observation_lag_s=max(0.0, behind),
+                stream_time_s=state.stream_ms / 1000,
+                recent_attempts=views.recent_attempts(state, request.name),
+            )
+            least = Deadline.after(WATCH_LEAST_S)
+            await asyncio.sleep(WATCH_PAUSE_S)
+            while not least.expired and self._shown_still(request.name, shown):
+                with contextlib.suppress(UnavailableError):
+                    await self._runtime.changed(organization, least)
+
+    def _shown_still(self, name: str, shown: object) -> bool:
+        """Whether a rollout is the one that was shown last. Raises when it cannot be read any more."""
+        return snapshot_state(self._runtime, name).rollouts.get(name) is shown
 
     async def ListAttempts(
         self, request: rollout_pb2.ListAttemptsRequest, _context: Any
     ) -> rollout_pb2.ListAttemptsResponse:
         state = snapshot_state(self._runtime, request.parent)
-        found, token = page(views.attempts_of(state, request.parent), request)
+        found, token = page_in_order(views.attempts_of(state, request.parent), request)
         return rollout_pb2.ListAttemptsResponse(attempts=found, next_page_token=token)
+
+    async def ListHeldDevices(
+        self, request: rollout_pb2.ListHeldDevicesRequest, _context: Any
+    ) -> rollout_pb2.ListHeldDevicesResponse:
+        state = snapshot_state(self._runtime, request.parent)
+        found, token = page_in_order(views.held_in(state, request.parent), request)
+        return rollout_pb2.ListHeldDevicesResponse(held_devices=found, next_page_token=token)
 
     async def ExplainDevice(
         self, request: rollout_pb2.ExplainDeviceRequest, _context: Any

@@ -1,5 +1,6 @@
 """The pure core of rollout: state, rules, fold."""
 
+from services.rollout.domain import summary
 from services.rollout.domain.commands import (
     AuthorizeSwitch,
     ClaimOffers,
@@ -22,4 +23,5 @@ __all__ = [
     "StageReleaseMade",
     "StageReleaseRefused",
     "State",
+    "summary",
 ]

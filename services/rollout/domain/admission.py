@@ -3,6 +3,12 @@
 Checks go from what never changes to what changes soonest. A refusal says whether it *ends* the list of candidates
 (security floor, a bundle that cannot be offered: nothing older is tried), whether it is *final* for a live attempt
 (then ``go`` answers cancel, otherwise wait), and how long the plan stays closed. Refusals write nothing.
+
+* A release without a rollout is an implicit plan of one stage without cap: its phase by tags, share and count holds.
+* The release of a completed rollout is a plain one that reaches whom its stages reached: tags, shares and counts of the
+  stages stay in force until somebody gives it a phase of its own. A hotfix for tagged devices stays one.
+* Outside the product's maintenance window nothing is granted; expedited rollouts do not wait for it.
+* A device superseded by an emergency drops what it has not switched to yet, if the emergency means it too.
 """
 
 from __future__ import annotations
@@ -16,9 +22,11 @@ from groundswell.rollout.v1 import rollout_pb2
 
 from libs.eventlog.model import Context
 from libs.resolution.buckets import in_share
-from services.rollout.domain import attempts
+from services.rollout.domain import attempts, summary
+from services.rollout.domain.copying import replace
 from services.rollout.domain.stages import REACHED
 from services.rollout.domain.state import (
+    FORWARD,
     ROLLBACK,
     WENT_DARK,
     Attempt,
@@ -26,11 +34,15 @@ from services.rollout.domain.state import (
     Claim,
     Counts,
     DeviceFacts,
+    Plan,
     Seen,
     State,
     cap_of,
     claim_key,
+    product_of,
+    tries_key,
 )
+from services.rollout.domain.windows import closed_for_ms
 
 _Rollout = rollout_pb2.Rollout
 
@@ -39,6 +51,8 @@ CLOSED_MS: Final = 10_000
 """For plans that only an operator opens again; gateways forget it at the next public event of the plan."""
 FULL_MS: Final = 1_000
 INBOX_LIMIT_MS: Final = 2_000
+RETRY_BUDGET: Final = 10
+"""Attempts of one device at one target that may fail, whatever an operator retries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +89,7 @@ _STATE_REFUSALS: Final[dict[int, tuple[str, str, bool]]] = {
     _Rollout.STATE_ROLLING_BACK: ("ROLLOUT_ROLLING_BACK", "the rollout is being rolled back", True),
     _Rollout.STATE_ROLLED_BACK: ("ROLLOUT_ROLLED_BACK", "the rollout was rolled back", True),
     _Rollout.STATE_ABORTED: ("ROLLOUT_ABORTED", "the rollout was aborted", True),
+    _Rollout.STATE_KILLED: ("ROLLOUT_KILLED", "the rollout was killed", True),
 }
 
 
@@ -146,6 +161,40 @@ def claim_refusal(state: State, claim: Claim | None) -> Refusal | None:
     return None
 
 
+def retry_allowed(state: State, key: str, rollout: str) -> bool:
+    """Whether somebody retried a device after its last failure."""
+    tries, plan = state.tries[key], state.rollouts.get(rollout)
+    return tries.allowed or (plan is not None and plan.control.retries > tries.epoch)
+
+
+def tries_refusal(state: State, facts: DeviceFacts, release: str, bundle: str) -> Refusal | None:
+    """The same for a release. What counts is device and rollout (or bundle): a move to another cohort resets none."""
+    claim = state.claims.get(claim_key(facts.name, release))
+    if claim is not None and claim.attempts and state.attempts[claim.attempts[-1]].state == WENT_DARK:
+        return claim_refusal(state, claim)
+    key = tries_key(state, facts.name, release, bundle)
+    tries = state.tries.get(key)
+    if tries is None or not tries.failed:
+        return None
+    if tries.failed >= RETRY_BUDGET:
+        return Refusal("RETRY_BUDGET_SPENT", f"{tries.failed} attempts of the device failed", release)
+    if retry_allowed(state, key, state.owners.get(release, "")):
+        return None
+    return Refusal("ALREADY_FAILED", f"an earlier attempt ended with {tries.code or 'a failure'}", release)
+
+
+def window_refusal(state: State, ctx: Context, device: str, rollout: str, plan: str) -> Refusal | None:
+    """Whether the product's maintenance window is closed, and the rollout is no emergency."""
+    window = product_of(state, device).window
+    if window is None or (rollout and state.rollouts[rollout].control.expedited):
+        return None
+    closed = closed_for_ms(window, ctx.now_ms)
+    if not closed:
+        return None
+    message = f"the maintenance window opens in {-(-closed // 1000)} s"
+    return Refusal("MAINTENANCE_WINDOW_CLOSED", message, plan, closed, plan)
+
+
 def override_refusal(state: State, ctx: Context, device: str, name: str, bundle: str) -> Refusal | None:
     """Whether the override is active now and speaks of this device and bundle."""
     if ctx.parked(name):
@@ -181,11 +230,22 @@ def rollout_refusal(state: State, rollout: str) -> Refusal | None:
     if found is None:
         return None
     code, message, final = found
+    by = plan.control.superseded_by
+    if by and plan.control.state == _Rollout.STATE_PAUSED:
+        return Refusal("ROLLOUT_SUPERSEDED", f"paused until {by} ends", rollout, CLOSED_MS, rollout)
     return Refusal(code, message, rollout, CLOSED_MS, rollout, final=final)
 
 
-def room_refusal(state: State, ctx: Context, rollout: str, stage: int) -> Refusal | None:
-    """I1: nothing is granted where in flight has reached the cap."""
+def is_meant(plan: Plan, facts: DeviceFacts) -> bool:
+    """Whether a stage of the rollout speaks of the device."""
+    return any(
+        stage.cohort == facts.cohort and (not stage.tags or not facts.tags.isdisjoint(stage.tags))
+        for stage in plan.control.stages
+    )
+
+
+def room_refusal(state: State, ctx: Context, rollout: str, stage: int, kind: int = FORWARD) -> Refusal | None:
+    """I1: nothing is granted where in flight has reached the cap. The rate is about going forward only."""
     plan = state.rollouts[rollout]
     cap = cap_of(plan.control.stages[stage])
     counts = plan.counts[stage]
@@ -193,9 +253,9 @@ def room_refusal(state: State, ctx: Context, rollout: str, stage: int) -> Refusa
         return Refusal(
             "STAGE_AT_CAPACITY", f"{counts.in_flight} of {cap} attempts are in flight", rollout, FULL_MS, rollout
         )
-    rate = plan.control.stages[stage].max_grants_per_minute
-    left_ms = counts.rate_from_ms + 60_000 - ctx.now_ms
-    if rate and counts.rate_count >= rate and left_ms > 0:
+    rate = plan.control.stages[stage].max_grants_per_minute if kind == FORWARD else 0
+    left_ms = summary.wait_ms(counts.pace, ctx.now_ms, rate)
+    if left_ms > 0:
         return Refusal("STAGE_RATE_LIMITED", f"{rate} grants a minute are used up", rollout, left_ms, rollout)
     return None
 
@@ -211,8 +271,9 @@ def _within(
     holds_claim: bool,
     plan: str,
 ) -> Refusal | None:
-    if tags and facts.tags.isdisjoint(tags):
-        return Refusal("TAGS_NOT_MATCHED", "the device has none of the tags", plan)
+    untagged = _untagged(facts, tags, plan)
+    if untagged is not None:
+        return untagged
     if holds_claim:
         return None  # a claim is permanent: a share that fell or a count that filled takes nothing away
     if share_ppm and not in_share(uuid.UUID(salt).bytes, uuid.UUID(facts.uid).bytes, share_ppm):
@@ -252,7 +313,7 @@ def _stage_for(
 def judge_release(
     state: State, ctx: Context, facts: DeviceFacts, seen: Seen, candidate: releases_pb2.Candidate
 ) -> Admitted | Refusal:
-    """A forward candidate: a stage of a rollout, or a plain release as an implicit one-stage plan without cap."""
+    """A forward candidate: a stage of a rollout, or a plain release as an implicit plan."""
     name = candidate.release
     refusal = release_refusal(state, ctx, facts, name)
     if refusal is not None:
@@ -267,25 +328,46 @@ def judge_release(
         return Refusal("ALREADY_RUNNING", "the device runs it", name)
     key = claim_key(facts.name, name)
     claim = state.claims.get(key)
-    refusal = claim_refusal(state, claim)
+    refusal = tries_refusal(state, facts, name, release.bundle)
     if refusal is not None:
         return refusal
     rollout = managing_rollout(state, release)
     bundle = state.bundles[release.bundle]
     if rollout:
-        refusal = rollout_refusal(state, rollout)
+        refusal = rollout_refusal(state, rollout) or window_refusal(state, ctx, facts.name, rollout, rollout)
         if refusal is not None:
             return refusal
         stage = _stage_for(state, ctx, facts, claim, name, rollout)
         if isinstance(stage, Refusal):
             return stage
         return Admitted(key, bundle, name, rollout, stage, cap_of(state.rollouts[rollout].control.stages[stage]))
-    phase = release.phase
-    outside = _within(
-        facts, release.uid, tuple(phase.tags), phase.share_ppm, phase.count, state.plain.get(name, Counts()),
-        holds_claim=claim is not None, plan=name,
-    )  # fmt: skip
-    return outside or Admitted(key, bundle, name)
+    refusal = window_refusal(state, ctx, facts.name, "", name) or _phase_refusal(state, facts, claim, release)
+    return refusal or Admitted(key, bundle, name)
+
+
+def _phase_refusal(
+    state: State, facts: DeviceFacts, claim: Claim | None, release: releases_pb2.Release
+) -> Refusal | None:
+    """Whether a plain release reaches the device: by its phase, else by the stages of the rollout that made it."""
+    name, phase, counts = release.name, release.phase, state.plain.get(release.name, Counts())
+    owner = state.rollouts.get(state.owners.get(name, ""))
+    if owner is None or release.HasField("phase"):
+        return _within(
+            facts, release.uid, tuple(phase.tags), phase.share_ppm, phase.count, counts,
+            holds_claim=claim is not None, plan=name,
+        )  # fmt: skip
+    refusal = None
+    for stage, status, before in zip(owner.control.stages, owner.control.stage_statuses, owner.counts, strict=True):
+        if status.release != name:
+            continue
+        so_far = Counts(claimed=before.claimed + counts.claimed)
+        refusal = _within(
+            facts, owner.control.uid, tuple(stage.tags), stage.share_ppm, stage.count, so_far,
+            holds_claim=claim is not None, plan=name,
+        )  # fmt: skip
+        if refusal is None:
+            return None
+    return refusal
 
 
 def judge_override(
@@ -301,7 +383,9 @@ def judge_override(
     if seen.running.bundle == candidate.bundle:
         return Refusal("ALREADY_RUNNING", "the device runs it", candidate.bundle, ends=True)
     key = claim_key(facts.name, candidate.bundle)
-    refusal = claim_refusal(state, state.claims.get(key))
+    refusal = claim_refusal(state, state.claims.get(key)) or window_refusal(
+        state, ctx, facts.name, "", candidate.bundle_override
+    )
     if refusal is not None:
         return refusal
     return Admitted(key, state.bundles[candidate.bundle], came_through=candidate.bundle_override)
@@ -317,34 +401,50 @@ def standing_refusal(state: State, ctx: Context, attempt: Attempt) -> Refusal | 
     if refusal is not None:
         return refusal
     if attempt.kind == ROLLBACK:
-        target = state.releases.get(attempt.release)
-        if target is None or target.retracted:
-            return Refusal("RELEASE_RETRACTED", "the release it leads back to is gone", attempt.release, final=True)
-        return None
-    if not attempt.release:
-        found = [
-            override_refusal(state, ctx, attempt.device, name, attempt.bundle)
-            for name, override in state.overrides.items()
-            if override.bundle == attempt.bundle
-        ]
-        if None in found:
+        refusal = _standing_way_back(state, attempt)
+    elif not attempt.release:
+        refusal = _standing_override(state, ctx, attempt)
+    else:
+        refusal = release_refusal(state, ctx, facts, attempt.release) or _standing_in_plan(state, facts, attempt)
+    return refusal or window_refusal(state, ctx, attempt.device, attempt.rollout, attempt.plan)
+
+
+def _standing_way_back(state: State, attempt: Attempt) -> Refusal | None:
+    target = state.releases.get(attempt.release)
+    if target is None or target.retracted:
+        return Refusal("RELEASE_RETRACTED", "the release it leads back to is gone", attempt.release, final=True)
+    if attempt.rollout and state.rollouts[attempt.rollout].control.state == _Rollout.STATE_KILLED:
+        return rollout_refusal(state, attempt.rollout)
+    return None
+
+
+def _standing_override(state: State, ctx: Context, attempt: Attempt) -> Refusal | None:
+    for name, override in state.overrides.items():
+        if override.bundle == attempt.bundle and not override_refusal(state, ctx, attempt.device, name, attempt.bundle):
             return None
-        return Refusal(
-            "OVERRIDE_NOT_ACTIVE", "no active override is about this device and bundle", attempt.bundle, final=True
-        )
-    refusal = release_refusal(state, ctx, facts, attempt.release)
-    if refusal is not None:
-        return refusal
-    return _standing_in_rollout(state, attempt)
+    return Refusal(
+        "OVERRIDE_NOT_ACTIVE", "no active override is about this device and bundle", attempt.bundle, final=True
+    )
 
 
-def _standing_in_rollout(state: State, attempt: Attempt) -> Refusal | None:
+def _standing_in_plan(state: State, facts: DeviceFacts, attempt: Attempt) -> Refusal | None:
+    """Tags and the state of the plan; a device that holds a claim keeps it whatever share and count say."""
     if not attempt.rollout:
-        return None
+        tags: tuple[str, ...] = tuple(state.releases[attempt.release].phase.tags)
+        return _untagged(facts, tags, attempt.plan)
+    plan = state.rollouts[attempt.rollout]
     refusal = rollout_refusal(state, attempt.rollout)
     if refusal is not None:
+        by = state.rollouts.get(plan.control.superseded_by)
+        if by is not None and refusal.code == "ROLLOUT_SUPERSEDED" and is_meant(by, facts):
+            return replace(refusal, final=True)
         return refusal
-    control = state.rollouts[attempt.rollout].control
-    if attempt.stage > control.current_stage:
+    if attempt.stage > plan.control.current_stage:
         return Refusal("STAGE_NOT_CURRENT", "an earlier stage re-opened", attempt.rollout, FULL_MS, attempt.rollout)
+    return _untagged(facts, tuple(plan.control.stages[attempt.stage].tags), attempt.rollout)
+
+
+def _untagged(facts: DeviceFacts, tags: tuple[str, ...], plan: str) -> Refusal | None:
+    if tags and facts.tags.isdisjoint(tags):
+        return Refusal("TAGS_NOT_MATCHED", "the device has none of the tags", plan, final=True)
     return None

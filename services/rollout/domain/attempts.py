@@ -18,7 +18,6 @@ from groundswell.rollout.v1 import events_pb2, rollout_pb2
 
 from libs.eventlog.model import Public
 from services.rollout.domain.draft import Draft
-from services.rollout.domain.evolve import counts_of
 from services.rollout.domain.state import (
     BOOTED,
     CANCELLED,
@@ -33,7 +32,12 @@ from services.rollout.domain.state import (
     WENT_DARK,
     Attempt,
     State,
+    Tries,
+    product_of,
+    tries_of,
 )
+from services.rollout.domain.tally import counts_of
+from services.rollout.domain.windows import closed_for_ms
 
 LAST_EXPIRY: Final = 3
 _AFTER: Final[dict[int, frozenset[int]]] = {
@@ -43,6 +47,9 @@ _AFTER: Final[dict[int, frozenset[int]]] = {
 }
 _NEEDS_GO: Final = frozenset({BOOTED, REVERTED, WENT_DARK})
 _NOT_AFTER_GO: Final = frozenset({EXPIRED, CANCELLED})
+_NONE: Final = Tries()
+_Rollout = rollout_pb2.Rollout
+_WAITING: Final = frozenset({_Rollout.STATE_PAUSED, _Rollout.STATE_HALTED})
 
 
 def may_move(attempt: Attempt, to: int) -> bool:
@@ -119,7 +126,7 @@ def grant(draft: Draft, granted: events_pb2.AttemptGranted) -> Attempt:
 
 def move(draft: Draft, attempt: Attempt, to: int, code: str = "", detail: str = "") -> None:
     """Append one step of the table; the caller asked ``may_move`` (or renews the lease by ``to == attempt.state``)."""
-    if to == EXPIRED and draft.state.claims[attempt.claim].expired + 1 >= LAST_EXPIRY:
+    if to == EXPIRED and draft.state.tries.get(tries_of(draft.state, attempt), _NONE).expired + 1 >= LAST_EXPIRY:
         to = FAILED
     was_confirmed = attempt.state == CONFIRMED or attempt.withdrawn
     withdrawn = was_confirmed and to in (FAILED, REVERTED, WENT_DARK) and attempt.kind == FORWARD
@@ -154,9 +161,24 @@ def soaked(draft: Draft, attempt: Attempt) -> None:
         draft.touched[attempt.rollout] = None
 
 
+def _kept_waiting(draft: Draft, attempt: Attempt) -> bool:
+    """Whether the device could not have gone on: its plan is paused, or its window is closed.
+
+    Such an expiry is not held against it.
+    """
+    plan = draft.state.rollouts.get(attempt.rollout) if attempt.rollout else None
+    if plan is not None and attempt.kind == FORWARD and plan.control.state in _WAITING:
+        return True
+    if plan is not None and plan.control.expedited:
+        return False
+    return closed_for_ms(product_of(draft.state, attempt.device).window, draft.ctx.now_ms) > 0
+
+
 def due(draft: Draft, attempt: Attempt) -> None:
     """A deadline has come in stream time: expire, go dark, or be soaked."""
-    if attempt.in_flight and not attempt.go:
+    if attempt.in_flight and not attempt.go and _kept_waiting(draft, attempt):
+        move(draft, attempt, CANCELLED, "LEASE_EXPIRED_WAITING", "the lease ended while the server made it wait")
+    elif attempt.in_flight and not attempt.go:
         move(draft, attempt, EXPIRED, "LEASE_EXPIRED", "no progress within the lease")
     elif attempt.in_flight:
         move(draft, attempt, WENT_DARK, "WENT_DARK", "took the release and missed its expected check-ins")

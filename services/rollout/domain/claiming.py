@@ -268,4 +268,5 @@ def authorize_switch(draft: Draft, command: AuthorizeSwitch) -> rollout_pb2.Auth
 def _switch(
     answer: rollout_pb2.AuthorizeSwitchResponse.Answer.ValueType, refusal: Refusal
 ) -> rollout_pb2.AuthorizeSwitchResponse:
-    return _Answer(answer=answer, reasons=[_reason(refusal)])
+    closed = refusal.closed_for_ms if answer == _Answer.ANSWER_WAIT else 0
+    return _Answer(answer=answer, reasons=[_reason(refusal)], closed_for_ms=closed)

@@ -43,12 +43,14 @@ class CreateRollout:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """An operator's word on a rollout: start, pause, resume, abort, roll_back or advance."""
+    """An operator's word on a rollout: start, pause, resume, abort, roll_back, advance, retry or kill."""
 
     verb: str
     name: str
     etag: str = ""
     reason: str = ""
+    devices: tuple[str, ...] = ()
+    """Of a retry: only these; empty means all that failed."""
 
 
 @dataclass(frozen=True, slots=True)

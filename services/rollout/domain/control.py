@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from groundswell.rollout.v1 import rollout_pb2
+from groundswell.rollout.v1 import events_pb2, rollout_pb2
 
 from libs.errors import (
     AlreadyExistsError,
@@ -14,9 +14,10 @@ from libs.errors import (
     check_etag,
 )
 from services.rollout.domain import attempts, stages
+from services.rollout.domain.admission import RETRY_BUDGET, retry_allowed
 from services.rollout.domain.commands import Control, CreateRollout
 from services.rollout.domain.draft import Draft
-from services.rollout.domain.state import State
+from services.rollout.domain.state import ProductFacts, State
 
 _Rollout = rollout_pb2.Rollout
 _Status = rollout_pb2.StageStatus
@@ -28,6 +29,16 @@ _ALLOWED: Final[dict[str, frozenset[int]]] = {
     "abort": frozenset({_Rollout.STATE_DRAFT, _Rollout.STATE_RUNNING, _Rollout.STATE_PAUSED, _Rollout.STATE_HALTED}),
     "roll_back": frozenset({_Rollout.STATE_RUNNING, _Rollout.STATE_PAUSED, _Rollout.STATE_HALTED}),
     "advance": frozenset({_Rollout.STATE_RUNNING}),
+    "retry": frozenset({_Rollout.STATE_RUNNING, _Rollout.STATE_PAUSED, _Rollout.STATE_HALTED}),
+    "kill": frozenset(
+        {
+            _Rollout.STATE_DRAFT,
+            _Rollout.STATE_RUNNING,
+            _Rollout.STATE_PAUSED,
+            _Rollout.STATE_HALTED,
+            _Rollout.STATE_ROLLING_BACK,
+        }
+    ),
 }
 
 
@@ -36,7 +47,9 @@ def create(draft: Draft, command: CreateRollout) -> rollout_pb2.Rollout:
     if command.name in draft.state.rollouts:
         raise AlreadyExistsError("ALREADY_EXISTS", f"{command.name} exists already", resource=command.name)
     asked = command.rollout
-    check_plan(command.name.partition("/rollouts/")[0], asked)
+    product = command.name.partition("/rollouts/")[0]
+    check_plan(product, asked)
+    policy = draft.state.products.get(product, ProductFacts())
     if asked.version and asked.version != command.bundle.version:
         raise InvalidArgumentError("INVALID_FIELD", "the bundle has another version", field="rollout.version")
     image = _Rollout(
@@ -47,12 +60,13 @@ def create(draft: Draft, command: CreateRollout) -> rollout_pb2.Rollout:
         version_requirement=asked.version_requirement or f"< {command.bundle.version}",
         security_version=command.bundle.security_version,
         stages=asked.stages,
-        failure_action=asked.failure_action or _Rollout.FAILURE_ACTION_PAUSE,
+        failure_action=asked.failure_action or policy.failure_action,  # type: ignore[arg-type]
         state=_Rollout.STATE_DRAFT,
         stage_statuses=[_Status(state=_Status.STATE_PENDING) for _ in asked.stages],
         control_epoch=1,
         create_time=attempts.timestamp(draft.ctx.now_ms),
         description=asked.description,
+        expedited=asked.expedited,
     )
     if asked.HasField("attempt_policy"):
         image.attempt_policy.CopyFrom(asked.attempt_policy)
@@ -86,16 +100,40 @@ def check_plan(product: str, plan: rollout_pb2.Rollout) -> None:
             )
 
 
-def _check_cohorts_free(state: State, control: rollout_pb2.Rollout) -> None:
-    """One active rollout per cohort."""
+def _in_the_way(state: State, control: rollout_pb2.Rollout) -> list[tuple[rollout_pb2.Rollout, str]]:
+    """Other active rollouts of its cohorts, each with a cohort that both want."""
     wanted = {stage.cohort for stage in control.stages}
+    found = []
     for name in state.active:
-        if name == control.name:
-            continue
-        taken = wanted.intersection(stage.cohort for stage in state.rollouts[name].control.stages)
-        if taken:
-            cohort = min(taken)
-            raise FailedPreconditionError("COHORT_BUSY", f"{name} is active in {cohort}", cohort=cohort, rollout=name)
+        other = state.rollouts[name].control
+        taken = wanted.intersection(stage.cohort for stage in other.stages)
+        if taken and name != control.name:
+            found.append((other, min(taken)))
+    return found
+
+
+def _busy(other: rollout_pb2.Rollout, cohort: str) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        "COHORT_BUSY", f"{other.name} is active in {cohort}", cohort=cohort, rollout=other.name
+    )
+
+
+def _start(draft: Draft, image: rollout_pb2.Rollout) -> None:
+    """One active rollout per cohort, or an expedited one beside others.
+
+    It pauses those that run there; what is paused, halted or rolling back stays as it is.
+    """
+    others = _in_the_way(draft.state, image)
+    for other, cohort in others:
+        if not image.expedited or other.expedited:
+            raise _busy(other, cohort)
+    image.state = _Rollout.STATE_RUNNING
+    image.start_time.CopyFrom(attempts.timestamp(draft.ctx.now_ms))
+    stages.open_stage(draft, image, 0)
+    stages.save(draft, image, "rollout.started")
+    for other, _ in others:
+        if other.state == _Rollout.STATE_RUNNING:
+            stages.supersede(draft, other.name, image.name)
 
 
 def control(draft: Draft, command: Control) -> rollout_pb2.Rollout:
@@ -104,7 +142,8 @@ def control(draft: Draft, command: Control) -> rollout_pb2.Rollout:
     if plan is None:
         raise NotFoundError("RESOURCE_NOT_FOUND", f"{command.name} does not exist", resource=command.name)
     check_etag(command.etag, plan.control.etag, command.name)
-    if plan.control.state not in _ALLOWED[command.verb]:
+    superseded = command.verb == "pause" and bool(plan.control.superseded_by)
+    if plan.control.state not in _ALLOWED[command.verb] and not superseded:
         state = _Rollout.State.Name(plan.control.state)
         raise FailedPreconditionError(
             "WRONG_STATE",
@@ -115,14 +154,11 @@ def control(draft: Draft, command: Control) -> rollout_pb2.Rollout:
     image = stages.edited(draft, command.name)
     match command.verb:
         case "start":
-            _check_cohorts_free(draft.state, image)
-            image.state = _Rollout.STATE_RUNNING
-            image.start_time.CopyFrom(attempts.timestamp(draft.ctx.now_ms))
-            stages.open_stage(draft, image, 0)
-            stages.save(draft, image, "rollout.started")
+            _start(draft, image)
         case "pause":
             image.state = _Rollout.STATE_PAUSED
             image.state_reason = "PAUSED_BY_OPERATOR"
+            image.superseded_by = ""  # now it stays paused when the expedited one ends
             image.control_epoch += 1
             stages.save(draft, image, "rollout.paused", image.current_stage, reason=command.reason)
         case "resume":
@@ -131,6 +167,10 @@ def control(draft: Draft, command: Control) -> rollout_pb2.Rollout:
             stages.abort(draft, command.name, command.reason)
         case "roll_back":
             stages.roll_back(draft, command.name, "ROLLED_BACK_BY_OPERATOR", command.reason)
+        case "retry":
+            _retry(draft, image, command)
+        case "kill":
+            stages.kill(draft, command.name, command.reason)
         case "advance":
             _advance(draft, image, command.reason)
     stages.settle(draft)
@@ -139,8 +179,12 @@ def control(draft: Draft, command: Control) -> rollout_pb2.Rollout:
 
 def _resume(draft: Draft, image: rollout_pb2.Rollout, reason: str) -> None:
     """Going on after a halt accepts the failures so far; the stage that tripped is open again."""
+    for other, cohort in _in_the_way(draft.state, image):
+        if other.expedited and not image.expedited:
+            raise _busy(other, cohort)
     image.state = _Rollout.STATE_RUNNING
     image.state_reason = ""
+    image.superseded_by = ""
     for stage, status in enumerate(image.stage_statuses):
         if status.state != _Status.STATE_FAILED:
             continue
@@ -154,6 +198,29 @@ def _resume(draft: Draft, image: rollout_pb2.Rollout, reason: str) -> None:
         len(image.stages) - 1,
     )
     stages.save(draft, image, "rollout.resumed", image.current_stage, reason=reason)
+
+
+def _retry(draft: Draft, image: rollout_pb2.Rollout, command: Control) -> None:
+    """Another try for devices that failed. For all of them it is one event, however many they are."""
+    counts = draft.state.rollouts[image.name].counts
+    if not any(each.failed or each.reverted for each in counts):
+        raise FailedPreconditionError("NOTHING_TO_RETRY", "no device failed or reverted", resource=image.name)
+    for device in command.devices:
+        key = f"{device} {image.name}"
+        tries = draft.state.tries.get(key)
+        if tries is None or not tries.failed:
+            raise FailedPreconditionError(
+                "NOTHING_TO_RETRY", f"{device} has not failed in this rollout", resource=image.name, device=device
+            )
+        if tries.failed >= RETRY_BUDGET:
+            raise FailedPreconditionError(
+                "RETRY_BUDGET_SPENT", f"{device} failed {tries.failed} times", device=device, budget=RETRY_BUDGET
+            )
+        if not retry_allowed(draft.state, key, image.name):
+            draft.emit(device, events_pb2.RetryAllowed(device=device, rollout=image.name, bundle=image.bundle))
+    if not command.devices:
+        image.retries += 1
+    stages.save(draft, image, "rollout.retried", image.current_stage, reason=command.reason)
 
 
 def _advance(draft: Draft, image: rollout_pb2.Rollout, reason: str) -> None:

@@ -23,7 +23,8 @@ from services.rollout.domain.commands import (
 )
 from services.rollout.domain.control import control, create
 from services.rollout.domain.draft import Draft
-from services.rollout.domain.evolve import EVENT_TYPES, device_facts, evolve, poll_ms
+from services.rollout.domain.evolve import EVENT_TYPES, evolve
+from services.rollout.domain.facts import device_facts, product_facts
 from services.rollout.domain.state import State
 from services.rollout.domain.stream import record_observations
 
@@ -67,7 +68,7 @@ def _take_in(draft: Draft, fact: Foreign) -> None:
         case registry_events.DeviceChanged():
             news = state.devices.get(it.device.name) != device_facts(it.device)
         case registry_events.ProductChanged():
-            news = state.products.get(it.product.name) != poll_ms(it.product)
+            news = state.products.get(it.product.name) != product_facts(it.product)
         case artifacts_events.BundleChanged():
             known = state.bundles.get(it.bundle.name)
             news = known is None or known.bundle != it.bundle or known.blob_keys != tuple(it.blob_keys)

@@ -7,22 +7,21 @@ attempt with a deadline is in exactly one bucket of ``due``, one without is in n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Final
 
 from google.protobuf.message import Message
 from groundswell.artifacts.v1 import events_pb2 as artifacts_events
 from groundswell.registry.v1 import events_pb2 as registry_events
-from groundswell.registry.v1 import registry_pb2
 from groundswell.releases.v1 import events_pb2 as releases_events
 from groundswell.rollout.v1 import events_pb2, rollout_pb2
 from immutables import Map
 
 from libs.eventlog.model import Event
+from services.rollout.domain import facts, summary, tally
+from services.rollout.domain.copying import replace
 from services.rollout.domain.state import (
     CONFIRMED,
     DUE_BUCKET_MS,
-    EXPIRED,
     FAILED,
     FORWARD,
     PLAIN_POLICY,
@@ -30,17 +29,14 @@ from services.rollout.domain.state import (
     ROLLBACK,
     WENT_DARK,
     Attempt,
-    BundleFacts,
     Claim,
     Counts,
-    DeviceFacts,
     Plan,
     Policy,
     Running,
     Seen,
     State,
     claim_key,
-    duration_ms,
     expected_ms,
     policy_of,
     way_back_key,
@@ -86,101 +82,38 @@ def silence_ms(state: State, attempt: Attempt) -> int:
     return seen.last_seen_ms + expected_ms(state, attempt.device) + attempt.policy.dark_after_ms
 
 
-def _index(state: State, attempt: Attempt) -> State:
+def _indexed(state: State, attempt: Attempt) -> dict[str, Any]:
     """Store an attempt and put it in the bucket of its deadline."""
     old = state.attempts.get(attempt.name)
     before = old.due_ms if old is not None else -1
     after = deadline_ms(state, attempt)
-    due, watched, floor = state.due, state.watched, state.due_floor
-    if before != after:
-        if before >= 0:
-            bucket = before // DUE_BUCKET_MS
-            rest = due[bucket].delete(attempt.name)
-            due = due.set(bucket, rest) if rest else due.delete(bucket)
-        if after >= 0:
-            bucket = after // DUE_BUCKET_MS
-            due = due.set(bucket, due.get(bucket, Map()).set(attempt.name, None))
-            floor = min(floor, bucket)
-        if before < 0 <= after:
-            watched = watched.set(attempt.name, None)
-        elif after < 0 <= before:
-            watched = watched.delete(attempt.name)
-        attempt = replace(attempt, due_ms=after)
-    return replace(
-        state,
-        attempts=state.attempts.set(attempt.name, attempt),
-        due=due,
-        watched=watched,
-        due_floor=floor,
-    )
+    if before == after:
+        return {"attempts": state.attempts.set(attempt.name, attempt)}
+    changes: dict[str, Any] = {"attempts": state.attempts.set(attempt.name, replace(attempt, due_ms=after))}
+    due = state.due
+    if before >= 0:
+        bucket = before // DUE_BUCKET_MS
+        rest = due[bucket].delete(attempt.name)
+        due = due.set(bucket, rest) if rest else due.delete(bucket)
+    if after >= 0:
+        bucket = after // DUE_BUCKET_MS
+        due = due.set(bucket, due.get(bucket, Map()).set(attempt.name, None))
+        changes["due_floor"] = min(state.due_floor, bucket)
+    changes["due"] = due
+    if before < 0 <= after:
+        changes["watched"] = state.watched.set(attempt.name, None)
+    elif after < 0 <= before:
+        changes["watched"] = state.watched.delete(attempt.name)
+    return changes
 
 
-# Counters ----------------------------------------------------------------------------------------------------------
+def _index(state: State, attempt: Attempt) -> State:
+    return replace(state, **_indexed(state, attempt))
 
 
-def counts_of(state: State, attempt: Attempt) -> Counts:
-    """Counters of the plan the attempt is under."""
-    if attempt.rollout:
-        return state.rollouts[attempt.rollout].counts[attempt.stage]
-    return state.plain.get(attempt.plan, Counts())
-
-
-def _with_counts(state: State, attempt: Attempt, counts: Counts) -> State:
-    if not attempt.rollout:
-        return replace(state, plain=state.plain.set(attempt.plan, counts))
-    plan = state.rollouts[attempt.rollout]
-    changed = (*plan.counts[: attempt.stage], counts, *plan.counts[attempt.stage + 1 :])
-    return replace(state, rollouts=state.rollouts.set(attempt.rollout, replace(plan, counts=changed)))
-
-
-def _share(attempt: Attempt) -> dict[str, int]:
-    """What one attempt adds to the counters of its plan."""
-    if attempt.in_flight:
-        return {"in_flight": 1}
-    if attempt.superseded:
-        return {}
-    if attempt.kind == ROLLBACK:
-        if attempt.state == CONFIRMED:
-            return {"rolled_back": 1}
-        return {"rollback_failed": 1} if attempt.state in (FAILED, REVERTED, WENT_DARK) else {}
-    share: dict[str, int] = {}
-    match attempt.state:
-        case s if s == CONFIRMED:
-            share["confirmed"] = 1
-            if attempt.soaked:
-                share["soaked"] = 1
-        case s if s == FAILED:
-            share["failed"] = 1
-        case s if s == REVERTED:
-            share["reverted"] = 1
-        case s if s == WENT_DARK:
-            share["dark"] = 1
-    if attempt.withdrawn:
-        share["withdrawn"] = 1
-    return share
-
-
-def _recount(state: State, before: Attempt | None, after: Attempt) -> State:
-    plan = state.rollouts.get(after.rollout) if after.rollout else None
-    counts = counts_of(state, after)
-    frozen = plan is not None and 0 <= plan.count_until_ms < state.stream_ms
-    delta: dict[str, int] = _share(after)
-    if before is not None:
-        for name, amount in _share(before).items():
-            delta[name] = delta.get(name, 0) - amount
-    if frozen:  # long after completion, outcomes are events only; what is in flight is always true
-        delta = {name: amount for name, amount in delta.items() if name == "in_flight"}
-    changed: dict[str, int] = {name: getattr(counts, name) + amount for name, amount in delta.items() if amount}
-    if not changed:
-        return state
-    counts = replace(counts, **changed)  # type: ignore[arg-type]
-    if counts.in_flight > counts.peak_in_flight:
-        counts = replace(counts, peak_in_flight=counts.in_flight)
-    return _with_counts(state, after, counts)
-
-
-def _store(state: State, before: Attempt | None, after: Attempt) -> State:
-    return _index(_recount(state, before, after), after)
+def _store(state: State, before: Attempt, after: Attempt) -> State:
+    counts = tally.recount(state, tally.counts_of(state, after), before, after)
+    return replace(state, **tally.placed(state, after, counts), **_indexed(state, after))
 
 
 # Devices that must come back ---------------------------------------------------------------------------------------
@@ -224,6 +157,14 @@ def _policy_for(state: State, attempt: rollout_pb2.Attempt) -> Policy:
     return plan.policies[attempt.stage] if plan is not None else PLAIN_POLICY
 
 
+def _let_go(state: State, rollout: str, device: str) -> State:
+    """The device is held no longer."""
+    plan = state.rollouts[rollout]
+    if device not in plan.held:
+        return state
+    return replace(state, rollouts=state.rollouts.set(rollout, replace(plan, held=plan.held.delete(device))))
+
+
 def _granted(state: State, payload: events_pb2.AttemptGranted, event: Event) -> State:
     it = payload.attempt
     key = (
@@ -258,30 +199,28 @@ def _granted(state: State, payload: events_pb2.AttemptGranted, event: Event) -> 
     if claim.attempts:
         last = state.attempts[claim.attempts[-1]]
         state = _store(state, last, replace(last, superseded=True))
-    counts = counts_of(state, attempt)
+    counts = tally.counts_of(state, attempt)
     if it.kind == FORWARD:
-        window = event.occurred_at_ms - counts.rate_from_ms < 60_000
-        counts = replace(
-            counts,
-            claimed=counts.claimed + (1 if fresh else 0),
-            rate_from_ms=counts.rate_from_ms if window else event.occurred_at_ms,
-            rate_count=counts.rate_count + 1 if window else 1,
-        )
+        pace = summary.granted(counts.pace, event.occurred_at_ms, tally.rate(state, it))
+        counts = replace(counts, claimed=counts.claimed + (1 if fresh else 0), pace=pace)
     elif claim.held:
         counts = replace(counts, held=counts.held - 1)
-    state = _with_counts(state, attempt, counts)
+        state = _let_go(state, it.rollout, it.device)
+    counts = tally.recount(state, counts, None, attempt)
     seen = state.seen.get(it.device, Seen())
-    state = replace(
+    changes = tally.placed(state, attempt, counts) | _indexed(state, attempt)
+    if it.rollout:
+        changes["by_rollout"] = _put(state.by_rollout, it.rollout, it.name)
+    return replace(
         state,
         claims=state.claims.set(key, replace(claim, attempts=(*claim.attempts, it.name), held="")),
         seen=state.seen.set(it.device, replace(seen, live=it.name, attempts=(*seen.attempts, it.name))),
         live=_put(state.live, attempt.plan, it.name),
-        by_rollout=_put(state.by_rollout, it.rollout, it.name) if it.rollout else state.by_rollout,
+        **changes,
     )
-    return _store(state, None, attempt)
 
 
-def _moved(state: State, payload: events_pb2.AttemptMoved, _event: Event) -> State:
+def _moved(state: State, payload: events_pb2.AttemptMoved, event: Event) -> State:
     before = state.attempts[payload.attempt]
     seen = state.seen[before.device]
     after = replace(
@@ -293,20 +232,30 @@ def _moved(state: State, payload: events_pb2.AttemptMoved, _event: Event) -> Sta
         confirmed_ms=state.stream_ms if payload.state == CONFIRMED else before.confirmed_ms,
         soaked=before.soaked and payload.state == CONFIRMED,
     )
+    changes: dict[str, Any] = {}
+    seen_changes: dict[str, Any] = {}
     if before.in_flight and not after.in_flight:
-        state = replace(state, live=_drop(state.live, before.plan, before.name))
-        seen = replace(seen, live="" if seen.live == before.name else seen.live)
+        changes["live"] = _drop(state.live, before.plan, before.name)
+        if seen.live == before.name:
+            seen_changes["live"] = ""
     if after.state in (CONFIRMED, WENT_DARK) and not after.superseded:
-        seen = replace(seen, anchor=after.name)
+        seen_changes["anchor"] = after.name
     elif seen.anchor == after.name:
-        seen = replace(seen, anchor="")
+        seen_changes["anchor"] = ""
     if after.state == CONFIRMED:
-        seen = replace(seen, floor=max(seen.floor, after.security_version))
-    claims = state.claims
-    if after.state == EXPIRED:
-        claim = claims[before.claim]
-        claims = claims.set(before.claim, replace(claim, expired=claim.expired + 1))
-    return _store(replace(state, seen=state.seen.set(before.device, seen), claims=claims), before, after)
+        seen_changes["floor"] = max(seen.floor, after.security_version)
+    if seen_changes:
+        changes["seen"] = state.seen.set(before.device, replace(seen, **seen_changes))
+    changes |= tally.tried(state, before, after)
+    changes |= tally.moved(state, before, after, event)
+    changes |= _indexed(state, after)
+    return replace(state, **changes)
+
+
+def _retry_allowed(state: State, payload: events_pb2.RetryAllowed, _event: Event) -> State:
+    key = f"{payload.device} {payload.rollout}"
+    known = state.tries[key]
+    return replace(state, tries=state.tries.set(key, replace(known, allowed=True)))
 
 
 def _go(state: State, payload: events_pb2.GoGiven, _event: Event) -> State:
@@ -329,10 +278,11 @@ def _held(state: State, payload: events_pb2.DeviceHeld, _event: Event) -> State:
     if not claim.held:
         counts = replace(counts, held=counts.held + 1)
     changed = (*plan.counts[: payload.stage], counts, *plan.counts[payload.stage + 1 :])
+    plan = replace(plan, counts=changed, held=plan.held.set(payload.device, payload))
     return replace(
         state,
         claims=state.claims.set(key, replace(claim, held=payload.reason.code)),
-        rollouts=state.rollouts.set(payload.rollout, replace(plan, counts=changed)),
+        rollouts=state.rollouts.set(payload.rollout, plan),
     )
 
 
@@ -355,6 +305,8 @@ def _observed(state: State, payload: events_pb2.DeviceObserved, _event: Event) -
         last_seen_ms=state.stream_ms,
     )
     state = replace(state, seen=state.seen.set(payload.device, after))
+    if payload.metrics:
+        state = tally.measured(state, after, dict(payload.metrics))
     return _reschedule(state, after)
 
 
@@ -404,7 +356,10 @@ def _saved(state: State, payload: events_pb2.RolloutSaved, _event: Event) -> Sta
     old = state.rollouts.get(control.name)
     if old is None:
         plan = Plan(
-            control, tuple(Counts() for _ in control.stages), tuple(policy_of(control, it) for it in control.stages)
+            control,
+            tuple(Counts() for _ in control.stages),
+            tuple(policy_of(control, it) for it in control.stages),
+            summaries=tuple(summary.Summary() for _ in control.stages),
         )
     else:
         counts = tuple(
@@ -443,58 +398,6 @@ def _stage_saved(
     return counts
 
 
-# Facts of other services -------------------------------------------------------------------------------------------
-
-
-def device_facts(it: registry_pb2.Device) -> DeviceFacts:
-    """What grants depend on."""
-    return DeviceFacts(
-        name=it.name,
-        uid=it.uid,
-        cohort=it.cohort,
-        tags=frozenset(it.tags),
-        target=it.target,
-        quarantined=it.quarantined,
-        retired=it.state == registry_pb2.Device.STATE_RETIRED,
-    )
-
-
-def poll_ms(product: registry_pb2.Product) -> int:
-    """How long after one check-in of its devices the next is expected, jitter included."""
-    policy = product.policy
-    interval = duration_ms(policy, "poll_interval", 60_000)
-    return interval + duration_ms(policy, "poll_jitter", interval // 10)
-
-
-def _device(state: State, payload: registry_events.DeviceChanged, _event: Event) -> State:
-    return replace(state, devices=state.devices.set(payload.device.name, device_facts(payload.device)))
-
-
-def _product(state: State, payload: registry_events.ProductChanged, _event: Event) -> State:
-    return replace(state, products=state.products.set(payload.product.name, poll_ms(payload.product)))
-
-
-def _bundle(state: State, payload: artifacts_events.BundleChanged, _event: Event) -> State:
-    facts = BundleFacts(payload.bundle, tuple(payload.blob_keys))
-    return replace(state, bundles=state.bundles.set(payload.bundle.name, facts))
-
-
-def _graph(state: State, payload: releases_events.GraphChanged, _event: Event) -> State:
-    names = tuple(it.name for it in payload.releases)
-    releases = state.releases
-    for gone in set(state.graphs.get(payload.cohort, ())) - set(names):
-        releases = releases.delete(gone)
-    releases = releases.update({it.name: it for it in payload.releases})
-    return replace(state, releases=releases, graphs=state.graphs.set(payload.cohort, names))
-
-
-def _override(state: State, payload: releases_events.BundleOverrideChanged, _event: Event) -> State:
-    name = payload.bundle_override.name
-    if not payload.deleted:
-        return replace(state, overrides=state.overrides.set(name, payload.bundle_override))
-    return replace(state, overrides=state.overrides.delete(name)) if name in state.overrides else state
-
-
 _Fold = Callable[[State, Any, Event], State]
 
 _DEVICE_EVENTS: Final[dict[type[Message], tuple[_Fold, Callable[[State, Any], str]]]] = {
@@ -509,13 +412,14 @@ _OTHER_EVENTS: Final[dict[type[Message], _Fold]] = {
     events_pb2.RolloutSaved: _saved,
     events_pb2.GoGiven: _go,
     events_pb2.AttemptSoaked: _soaked,
+    events_pb2.RetryAllowed: _retry_allowed,
     events_pb2.ObservationsRecorded: _recorded,
     events_pb2.GatewayPresenceChanged: _presence,
-    registry_events.DeviceChanged: _device,
-    registry_events.ProductChanged: _product,
-    artifacts_events.BundleChanged: _bundle,
-    releases_events.GraphChanged: _graph,
-    releases_events.BundleOverrideChanged: _override,
+    registry_events.DeviceChanged: facts.device_changed,
+    registry_events.ProductChanged: facts.product_changed,
+    artifacts_events.BundleChanged: facts.bundle_changed,
+    releases_events.GraphChanged: facts.graph_changed,
+    releases_events.BundleOverrideChanged: facts.override_changed,
 }
 
 EVENT_TYPES: Final[tuple[type[Message], ...]] = (*_DEVICE_EVENTS, *_OTHER_EVENTS)

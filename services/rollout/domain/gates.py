@@ -40,4 +40,6 @@ def holds(gate: rollout_pb2.Gate, counts: Counts) -> bool:
     if counts.advanced:
         return True
     sample = counts.sample
-    return sample >= min_sample(gate) and counts.confirmed * PPM >= (gate.success_ppm or PPM) * sample
+    # A failed device that is tried again is in flight and out of the sample for a while.
+    enough = sample + counts.in_flight >= min_sample(gate)
+    return enough and counts.confirmed * PPM >= (gate.success_ppm or PPM) * sample

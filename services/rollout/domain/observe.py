@@ -31,6 +31,7 @@ from services.rollout.domain.state import (
     Seen,
     State,
 )
+from services.rollout.domain.summary import worth_keeping
 
 _REPORTABLE = frozenset(range(device_pb2.ATTEMPT_STATE_ACCEPTED, device_pb2.ATTEMPT_STATE_REVERTED + 1))
 
@@ -101,6 +102,12 @@ def _tracked(state: State, seen: Seen) -> bool:
     return anchor is not None and (anchor.due_ms >= 0 or anchor.state == WENT_DARK)
 
 
+def _in_stage(state: State, seen: Seen) -> bool:
+    """Whether its metrics say something of a stage."""
+    attempt = state.attempts.get(seen.live or seen.anchor)
+    return attempt is not None and bool(attempt.rollout)
+
+
 def _observe(draft: Draft, item: device_pb2.CheckInItem, gateway: str, seen: Seen | None) -> None:
     before = seen or Seen()
     running = running_of(item.running)
@@ -117,6 +124,7 @@ def _observe(draft: Draft, item: device_pb2.CheckInItem, gateway: str, seen: See
         security_floor=before.floor,
         cloned=before.cloned,
         gateway=gateway,
+        metrics=worth_keeping(dict(item.metrics)) if item.metrics and _in_stage(draft.state, before) else {},
     )
     _emit(draft, payload, before, "device.release_changed" if changed else "")
 

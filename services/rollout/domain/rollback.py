@@ -13,9 +13,16 @@ from groundswell.rollout.v1 import events_pb2, rollout_pb2
 
 from libs.eventlog.model import Context
 from services.rollout.domain import attempts
-from services.rollout.domain.admission import Admitted, Refusal, bundle_refusal, claim_refusal, room_refusal
+from services.rollout.domain.admission import (
+    Admitted,
+    Refusal,
+    bundle_refusal,
+    claim_refusal,
+    room_refusal,
+    window_refusal,
+)
 from services.rollout.domain.draft import Draft
-from services.rollout.domain.state import DeviceFacts, Seen, State, cap_of, claim_key, way_back_key
+from services.rollout.domain.state import ROLLBACK, DeviceFacts, Seen, State, cap_of, claim_key, way_back_key
 
 _GOES_BACK = frozenset({rollout_pb2.Rollout.STATE_ROLLING_BACK, rollout_pb2.Rollout.STATE_ROLLED_BACK})
 
@@ -57,7 +64,11 @@ def judge_way_back(
     if missing is not None:
         return Hold(rollout, stage, missing)
     back = way_back_key(facts.name, retracted)
-    refusal = claim_refusal(state, state.claims.get(back)) or room_refusal(state, ctx, rollout, stage)
+    refusal = (
+        claim_refusal(state, state.claims.get(back))
+        or window_refusal(state, ctx, facts.name, rollout, rollout)
+        or room_refusal(state, ctx, rollout, stage, ROLLBACK)
+    )
     if refusal is not None:
         return refusal
     bundle = state.bundles[state.releases[target].bundle]

@@ -7,6 +7,8 @@
 * The current stage is the first that has not passed. A stage that loses confirmations re-opens and is current again.
 * A trip halts at once (the control epoch grows: sealed links die); with ROLL_BACK the release is retracted in every
   cohort that was touched. Attempts without ``go`` are cancelled, in chunks.
+* An expedited rollout pauses those that run in its cohorts; whichever way it ends, they go on where they were.
+* A kill stops both ways: what is on its way back is cancelled too.
 """
 
 from __future__ import annotations
@@ -34,12 +36,11 @@ REACHED: Final = frozenset(
     {_Status.STATE_OPEN, _Status.STATE_PASSED, _Status.STATE_STALLED, _Status.STATE_AWAITING_APPROVAL}
 )
 """Stage states in which grants are given, as long as the stage is not beyond the current one."""
-STOPPED: Final = frozenset({_Rollout.STATE_ROLLING_BACK, _Rollout.STATE_ROLLED_BACK, _Rollout.STATE_ABORTED})
-"""Rollout states that cancel what has no ``go``."""
+SUPERSEDED: Final = "SUPERSEDED"
 
 
 def view(plan: Plan, control: rollout_pb2.Rollout | None = None) -> rollout_pb2.Rollout:
-    """The rollout as read by people: control state with the counts of the fold."""
+    """The rollout as published: control state with the counts of the fold."""
     image = _Rollout()
     image.CopyFrom(control if control is not None else plan.control)
     for status, counts in zip(image.stage_statuses, plan.counts, strict=True):
@@ -55,6 +56,8 @@ def view(plan: Plan, control: rollout_pb2.Rollout | None = None) -> rollout_pb2.
         status.rolled_back = counts.rolled_back
         status.held = counts.held
         status.rollback_failed = counts.rollback_failed
+        status.expired = counts.expired
+        status.cancelled = counts.cancelled
     return image
 
 
@@ -160,6 +163,7 @@ def release_made(draft: Draft, rollout: str, stage: int, release: str) -> None:
         _Rollout.STATE_ROLLING_BACK: TASK_RETRACT,
         _Rollout.STATE_ROLLED_BACK: TASK_RETRACT,
         _Rollout.STATE_ABORTED: TASK_DISABLE,
+        _Rollout.STATE_KILLED: TASK_DISABLE,
     }
     kind = late.get(image.state)
     if kind is not None:  # the rollout ended while its release was being made
@@ -201,6 +205,7 @@ def roll_back(draft: Draft, rollout: str, code: str, reason: str = "") -> None:
     image.state = _Rollout.STATE_ROLLING_BACK
     image.state_reason = code
     image.control_epoch += 1
+    image.superseded_by = ""
     save(draft, image, "rollout.rolling_back", image.current_stage, reason=reason)
     open_release_tasks(draft, image, TASK_RETRACT)
     sweep(draft, rollout)
@@ -208,21 +213,58 @@ def roll_back(draft: Draft, rollout: str, code: str, reason: str = "") -> None:
 
 def abort(draft: Draft, rollout: str, reason: str) -> None:
     """End it: attempts without go are cancelled, updated devices stay, the release is disabled."""
+    _end_at_once(draft, rollout, _Rollout.STATE_ABORTED, "rollout.aborted", "ABORTED_BY_OPERATOR", reason)
+
+
+def kill(draft: Draft, rollout: str, reason: str) -> None:
+    """The kill switch: as an abort, and what is on its way back stops too."""
+    _end_at_once(draft, rollout, _Rollout.STATE_KILLED, "rollout.killed", "KILLED_BY_OPERATOR", reason)
+
+
+def _end_at_once(
+    draft: Draft, rollout: str, state: rollout_pb2.Rollout.State.ValueType, change: str, code: str, reason: str
+) -> None:
     image = edited(draft, rollout)
-    image.state = _Rollout.STATE_ABORTED
-    image.state_reason = "ABORTED_BY_OPERATOR"
+    image.state = state
+    image.state_reason = code
+    image.superseded_by = ""
     image.control_epoch += 1
     image.end_time.CopyFrom(attempts.timestamp(draft.ctx.now_ms))
-    save(draft, image, "rollout.aborted", image.current_stage, reason=reason)
+    save(draft, image, change, image.current_stage, reason=reason)
     open_release_tasks(draft, image, TASK_DISABLE)
     sweep(draft, rollout)
+    let_others_go_on(draft, rollout)
+
+
+def supersede(draft: Draft, older: str, by: str) -> None:
+    """Pause a running rollout while an expedited one lasts."""
+    image = edited(draft, older)
+    image.state = _Rollout.STATE_PAUSED
+    image.state_reason = SUPERSEDED
+    image.superseded_by = by
+    image.control_epoch += 1
+    save(draft, image, "rollout.paused", image.current_stage, reason=f"superseded by {by}")
+
+
+def let_others_go_on(draft: Draft, ended: str) -> None:
+    """Rollouts that were paused for this one run again."""
+    if not draft.state.rollouts[ended].control.expedited:
+        return
+    for older in list(draft.state.active):
+        if draft.state.rollouts[older].control.superseded_by == ended:
+            image = edited(draft, older)
+            image.state = _Rollout.STATE_RUNNING
+            image.state_reason = ""
+            image.superseded_by = ""
+            save(draft, image, "rollout.resumed", image.current_stage, reason=f"{ended} ended")
 
 
 def sweep(draft: Draft, rollout: str) -> None:
-    """Cancel forward attempts without go; what is too much for one decision goes on by a timer."""
+    """Cancel attempts without go; what is too much for one decision goes on by a timer."""
+    both_ways = draft.state.rollouts[rollout].control.state == _Rollout.STATE_KILLED
     for name in draft.state.live.get(rollout, ()):
         attempt = draft.state.attempts[name]
-        if attempt.kind != FORWARD or attempt.go:
+        if attempt.go or not (both_ways or attempt.kind == FORWARD):
             continue
         if draft.full:
             timer = Timer(
@@ -282,6 +324,11 @@ def _advance(draft: Draft, rollout: str, plan: Plan) -> bool:
     control = plan.control
     stage = control.current_stage
     state = control.stage_statuses[stage].state
+    if state == _Status.STATE_AWAITING_APPROVAL and not gates.holds(control.stages[stage].gate, plan.counts[stage]):
+        image = edited(draft, rollout)  # what was to be approved is no longer so
+        image.stage_statuses[stage].state = _Status.STATE_OPEN
+        save(draft, image, "rollout.stage_opened", stage)
+        return True
     if state not in (_Status.STATE_OPEN, _Status.STATE_STALLED):
         return False
     if not gates.passes(control.stages[stage].gate, plan.counts[stage]):
@@ -317,6 +364,7 @@ def _complete(draft: Draft, rollout: str, plan: Plan) -> bool:
     image.end_time.CopyFrom(attempts.timestamp(draft.ctx.now_ms))
     save(draft, image, "rollout.completed", image.current_stage)
     open_release_tasks(draft, image, TASK_HAND_OVER)
+    let_others_go_on(draft, rollout)
     return True
 
 
@@ -327,6 +375,7 @@ def _returned(draft: Draft, rollout: str, plan: Plan) -> None:
     image.state = _Rollout.STATE_ROLLED_BACK
     image.end_time.CopyFrom(attempts.timestamp(draft.ctx.now_ms))
     save(draft, image, "rollout.rolled_back", image.current_stage)
+    let_others_go_on(draft, rollout)
 
 
 def check_stalls(draft: Draft) -> None:

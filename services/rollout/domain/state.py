@@ -19,6 +19,9 @@ from groundswell.releases.v1 import releases_pb2
 from groundswell.rollout.v1 import events_pb2, rollout_pb2
 from immutables import Map
 
+from services.rollout.domain.summary import NO_PACE, Pace, Summary
+from services.rollout.domain.windows import Window
+
 DUE_BUCKET_MS: Final = 500
 DEFAULT_POLL_MS: Final = 66_000
 """60 s and a tenth of jitter."""
@@ -52,6 +55,8 @@ class Policy:
 
 
 PLAIN_POLICY: Final = Policy()
+EXPEDITED_SOAK_MS: Final = 60_000
+"""Soak of an expedited rollout whose gate names none."""
 
 
 def duration_ms(holder: Message, name: str, default: int) -> int:
@@ -69,7 +74,7 @@ def policy_of(rollout: rollout_pb2.Rollout, stage: rollout_pb2.Stage) -> Policy:
         lease_ms=duration_ms(attempt, "lease", PLAIN_POLICY.lease_ms),
         max_lease_ms=duration_ms(attempt, "max_lease", PLAIN_POLICY.max_lease_ms),
         go_valid_ms=duration_ms(attempt, "go_valid", PLAIN_POLICY.go_valid_ms),
-        soak_ms=duration_ms(gate, "soak", PLAIN_POLICY.soak_ms),
+        soak_ms=duration_ms(gate, "soak", EXPEDITED_SOAK_MS if rollout.expedited else PLAIN_POLICY.soak_ms),
         dark_after_ms=duration_ms(gate, "dark_after", PLAIN_POLICY.dark_after_ms),
         stall_after_ms=duration_ms(gate, "stall_after", PLAIN_POLICY.stall_after_ms),
     )
@@ -106,6 +111,16 @@ class DeviceFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ProductFacts:
+    """What a product's policy says, as far as rollouts depend on it."""
+
+    poll_ms: int = DEFAULT_POLL_MS
+    """Expected time between check-ins, jitter included."""
+    window: Window | None = None
+    failure_action: int = rollout_pb2.Rollout.FAILURE_ACTION_PAUSE
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
     """What the device itself said, and where its attempts stand."""
 
@@ -137,9 +152,23 @@ class Claim:
     came_from: Running
     """Written by the first attempt, never overwritten."""
     attempts: tuple[str, ...]
-    expired: int = 0
     held: str = ""
     """Why the device must leave this release and cannot: a reason code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tries:
+    """What a device has used up of its tries, whatever cohort it asks from: a move resets nothing."""
+
+    failed: int = 0
+    """Attempts that failed or reverted."""
+    expired: int = 0
+    """Leases that ran out since the last failure or confirmation."""
+    epoch: int = 0
+    """``retries`` of the rollout at the last failure: a later retry of the rollout allows one more try."""
+    allowed: bool = False
+    """An operator gave this device one more try."""
+    code: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +237,9 @@ class Counts:
     rolled_back: int = 0
     held: int = 0
     rollback_failed: int = 0
-    rate_from_ms: int = 0
-    rate_count: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    pace: Pace = NO_PACE
     forgiven: int = 0
     """Failures an operator accepted by going on after a halt."""
     advanced: bool = False
@@ -238,6 +268,11 @@ class Plan:
     """Devices that run one of its releases and are neither held, nor dark, nor failed on the way back."""
     count_until_ms: int = -1
     """Stream time after which withdrawals are events only; -1 while it goes on."""
+    summaries: tuple[Summary, ...] = ()
+    recent: tuple[str, ...] = ()
+    """Attempts that ended last, the newest at the end."""
+    held: Map[str, events_pb2.DeviceHeld] = field(default_factory=Map)
+    """Devices that must go back and cannot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +295,7 @@ class State:
     beats: Map[str, int] = field(default_factory=Map)
     """Gateways that beat, and the LogAppendTime of their last."""
     lost: Map[str, None] = field(default_factory=Map)
-    products: Map[str, int] = field(default_factory=Map)
-    """Expected time between check-ins, milliseconds."""
+    products: Map[str, ProductFacts] = field(default_factory=Map)
     devices: Map[str, DeviceFacts] = field(default_factory=Map)
     seen: Map[str, Seen] = field(default_factory=Map)
     releases: Map[str, releases_pb2.Release] = field(default_factory=Map)
@@ -277,6 +311,8 @@ class State:
     plain: Map[str, Counts] = field(default_factory=Map)
     """Counters of plain releases and overrides."""
     claims: Map[str, Claim] = field(default_factory=Map)
+    tries: Map[str, Tries] = field(default_factory=Map)
+    """By ``tries_key``; only devices that failed or expired have an entry."""
     attempts: Map[str, Attempt] = field(default_factory=Map)
     live: Map[str, Map[str, None]] = field(default_factory=Map)
     """Attempts in flight by plan."""
@@ -300,9 +336,29 @@ def way_back_key(device: str, retracted: str) -> str:
     return f"{device} from {retracted}"
 
 
+def tries_key(state: State, device: str, release: str, bundle: str) -> str:
+    """Key of a device's tries at what a release brings: its rollout in all cohorts, else the bundle."""
+    return f"{device} {state.owners.get(release) or bundle}"
+
+
+def tries_of(state: State, attempt: Attempt) -> str:
+    """Key of the tries that an attempt is one of; ways back and overrides have those of their claim."""
+    if attempt.kind == FORWARD and attempt.release:
+        return tries_key(state, attempt.device, attempt.release, attempt.bundle)
+    return attempt.claim
+
+
+def product_of(state: State, device: str) -> ProductFacts:
+    """What the policy of the device's product says."""
+    return state.products.get(device.partition("/devices/")[0], _NO_POLICY)
+
+
+_NO_POLICY: Final = ProductFacts()
+
+
 def expected_ms(state: State, device: str) -> int:
     """How long after a check-in the next one is expected at the latest."""
-    return state.products.get(device.partition("/devices/")[0], DEFAULT_POLL_MS)
+    return product_of(state, device).poll_ms
 
 
 def cap_of(stage: rollout_pb2.Stage) -> int:

@@ -12,9 +12,9 @@ CHAIN = chain({"requirement": "< 1.0.0"}, {})
 OVERRIDE = OverrideFacts("o", "bx", 0)
 
 
-def _planned(state: str, *, opened: bool) -> Resolution:
+def _planned(state: str, *, opened: bool, why: str = "") -> Resolution:
     stages = (PlanStage("first", "other", open=True), PlanStage("all", "main", open=opened))
-    return ask(device(release="r1"), CHAIN, plans=[PlanFacts("ro", "2.0.0", state, 0, stages)])
+    return ask(device(release="r1"), CHAIN, plans=[PlanFacts("ro", "2.0.0", state, 0, stages, why)])
 
 
 def _second(**facts: object) -> Resolution:
@@ -53,6 +53,8 @@ EXAMPLES = {
     Code.ROLLOUT_ROLLING_BACK: _planned("ROLLING_BACK", opened=True),
     Code.ROLLOUT_ROLLED_BACK: _planned("ROLLED_BACK", opened=True),
     Code.ROLLOUT_ABORTED: _planned("ABORTED", opened=True),
+    Code.ROLLOUT_KILLED: _planned("KILLED", opened=True),
+    Code.ROLLOUT_SUPERSEDED: _planned("PAUSED", opened=True, why="SUPERSEDED"),
     Code.CANDIDATE: ask(device(release="r0"), CHAIN),
 }
 

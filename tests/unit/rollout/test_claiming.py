@@ -101,14 +101,25 @@ def test_tags_count_and_rate_of_a_stage(small: Small) -> None:
     assert codes(small.claim(small.device("d3", tags=["blue"]))) == ["COUNT_REACHED"]
 
 
-def test_grants_per_minute(small: Small) -> None:
-    small.start(small.stage(max_grants_per_minute=2))
-    devices = [small.device(f"d{index}") for index in range(3)]
+def test_grants_per_minute_come_from_a_bucket_of_a_tenth_of_a_minute(small: Small) -> None:
+    small.start(small.stage(max_grants_per_minute=20, max_in_flight=100))
+    devices = [small.device(f"d{index}") for index in range(40)]
     results = small.claim_many([(device, device.item(), None) for device in devices])
+    assert [result.HasField("offer") for result in results] == [True] * 2 + [False] * 38
     assert codes(results[2]) == ["STAGE_RATE_LIMITED"]
-    assert results[2].closed_for_ms == 60_000
-    small.leader.now_ms += 60_000
+    assert results[2].closed_for_ms == 3_000, "the next token comes after a twentieth of a minute"
+    small.leader.now_ms += 2_999
+    assert codes(small.claim(devices[2])) == ["STAGE_RATE_LIMITED"]
+    small.leader.now_ms += 1
     assert small.claim(devices[2]).HasField("offer")
+
+    granted = 0
+    for _ in range(600):  # a minute of everybody asking, ten times a second
+        small.leader.now_ms += 100
+        free = [device for device in devices if not small.leader.state.seen[device.name].live]
+        if free:
+            granted += small.claim(free[0]).HasField("offer")
+    assert granted == 20
 
 
 def test_a_share_takes_some_by_bucket_and_the_same_ones_again(small: Small) -> None:
