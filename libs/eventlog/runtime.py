@@ -26,8 +26,9 @@ from libs.eventlog.config import (
     public_topic,
 )
 from libs.eventlog.deadline import Deadline, monotonic
+from libs.eventlog.freshness import Freshness
 from libs.eventlog.inbox import Inbox
-from libs.eventlog.leader import RESIGNATIONS, ClaimFailedError, Leadership, outcome_unknown
+from libs.eventlog.leader import RESIGNATIONS, ClaimFailedError, Leadership, NotLeaderError, outcome_unknown
 from libs.eventlog.model import Command, Committed, Domain, Snapshot, Token
 from libs.eventlog.ports import EventLog, LogError, TopicPartition
 from libs.eventlog.replica import Replica, not_caught_up
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 
-_TAIL_WAIT_S = 1.0
 _SWEEP_S = 0.02
 """Precision of callers' deadlines."""
 _LATE_MARKER_S = 2.0
@@ -50,7 +50,10 @@ class ConfigurationError(Exception):
 
 
 class Forwarder(Protocol):
-    """Passes a command on to the leader, at most one hop."""
+    """Passes a command that is no request of its own (a task's, say) on to the leader, at most one hop.
+
+    Raises `NotLeaderError` for commands that it does not pass on: calls are forwarded whole, by `libs.rpc`.
+    """
 
     async def __call__(self, address: str, command: Command, deadline: Deadline, /) -> Committed: ...
 
@@ -92,6 +95,8 @@ class Runtime(Generic[S]):
         self._topic = events_topic(config.env, domain.service)
         self._schema: Schema[S] = Schema.of(domain, config.env, config.partitions)
         self._replicas = [Replica(self._schema, domain.service, index) for index in range(config.partitions)]
+        places = [TopicPartition(self._topic, index) for index in range(config.partitions)]
+        self._freshness = Freshness(log, places, config.lag_every_s)
         self._seats: dict[int, Seat[S]] = {}
         self._supervised: dict[str, asyncio.Task[None]] = {}
         self._dead: list[str] = []
@@ -108,6 +113,7 @@ class Runtime(Generic[S]):
         await self._check_installation()
         self._supervise("tail", self._keep_tailing)
         self._supervise("election", self._keep_electing)
+        self._supervise("freshness", self._freshness.measure)
 
     async def stop(self) -> None:
         """Stop intake, finish the batches on their way, leave the group, stop reading."""
@@ -196,7 +202,7 @@ class Runtime(Generic[S]):
                 for place, replica in reading:
                     if not replica.caught_up and tail.position(place) >= ends[place]:
                         replica.mark_caught_up()
-                records = await tail.fetch(_TAIL_WAIT_S)
+                records = await tail.fetch(self._freshness.fetch_wait_s)
                 start = 0
                 while start < len(records):
                     partition = records[start].partition
@@ -207,6 +213,7 @@ class Runtime(Generic[S]):
                     start = stop
                 for place, replica in reading:
                     replica.next_position = tail.position(place)
+                    self._freshness.reached(place, replica.next_position)
         finally:
             await tail.close()
 
@@ -348,22 +355,32 @@ class Runtime(Generic[S]):
         if waiting:
             asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
+    def leader_elsewhere(self, organization: str) -> str:
+        """Where commands of an organization are decided, when that is another replica; empty when here, or unknown."""
+        return self._foreign_leader(partition_of(organization, self.config.partitions))
+
+    def require_leader(self, organization: str) -> None:
+        """For reads of what only a leader remembers. Raises as `submit` does."""
+        partition = partition_of(organization, self.config.partitions)
+        if self._leader_of(partition) is None:
+            raise self._not_leader(partition, self._foreign_leader(partition))
+
     def _foreign_leader(self, partition: int) -> str:
-        """Address of the leader by the log, empty when that is unknown or was this process."""
+        """Address of the leader by the log, empty when that is unknown or was this process or its predecessor."""
         claim = self._replicas[partition].state.claim
-        return "" if claim is None or claim.node == self.config.node or partition in self._seats else claim.address
+        replica = self._replicas[partition]
+        if claim is None or partition in self._seats or replica.halted or not replica.caught_up:
+            return ""
+        return "" if claim.node == self.config.node or claim.address == self.config.address else claim.address
 
     def _not_leader(self, partition: int, address: str) -> UnavailableError:
         if self._replicas[partition].halted:
             return UnavailableError(
                 "NOT_SERVING", f"partition {partition} of {self.service} is halted", retry_after_s=5
             )
-        claim = self._replicas[partition].state.claim
-        if partition in self._seats or claim is None or not self._electing:
+        if not address:
             return UnavailableError("NOT_READY", f"partition {partition} of {self.service} is not claimed yet")
-        return UnavailableError(
-            "NOT_LEADER", f"partition {partition} of {self.service} is led by another replica", leader=address
-        )
+        return NotLeaderError(f"partition {partition} of {self.service} is led by another replica", address)
 
     # Reads.
 
@@ -424,6 +441,19 @@ class Runtime(Generic[S]):
                 await replica.wait_change(deadline.earlier(0.5))
             if deadline.expired:
                 raise not_caught_up(token.service, token.partition)
+
+    async def catch_up(self, organization: str, deadline: Deadline) -> None:
+        """Wait until reads here reflect all that was committed, by whatever leader, when this was asked."""
+        partition = partition_of(organization, self.config.partitions)
+        if not await self._freshness.catch_up(TopicPartition(self._topic, partition), deadline):
+            raise not_caught_up(self.service, partition)
+
+    def lag(self, organization: str) -> float:
+        """Seconds by which reads here may be behind; 0 where this process leads."""
+        partition = partition_of(organization, self.config.partitions)
+        if self._leader_of(partition) is not None:
+            return 0.0
+        return self._freshness.lag(TopicPartition(self._topic, partition))
 
     async def changed(self, organization: str, deadline: Deadline) -> None:
         """Wait until the committed view of the organization's partition moves. Look first, then wait, in a loop."""

@@ -56,6 +56,15 @@ def key_record(
     )
 
 
+def check_fresh(lag_s: float) -> None:
+    """Refuse to judge by a view of API keys that may lack a revocation."""
+    if lag_s > STALE_S:
+        shown = "unknown" if math.isinf(lag_s) else f"{lag_s:.1f} s"
+        raise UnavailableError(
+            "ACCESS_VIEW_STALE", f"the view of API keys is behind ({shown}): try again", retry_after_s=0.5
+        )
+
+
 class AccessDirectory:
     """A :class:`libs.rpc.access.KeyDirectory` over the registry's public log."""
 
@@ -115,11 +124,7 @@ class AccessDirectory:
         role = self._roles.get(member.role) if member is not None else None
         if key is None or member is None or (role is None and is_custom(member.role)):
             return await self._ask(name)
-        if lag > STALE_S:
-            shown = "unknown" if math.isinf(lag) else f"{lag:.1f} s"
-            raise UnavailableError(
-                "ACCESS_VIEW_STALE", f"the view of API keys is behind ({shown}): try again", retry_after_s=0.5
-            )
+        check_fresh(lag)
         return key_record(key, member, role)
 
     async def _ask(self, name: str) -> KeyRecord | None:
