@@ -30,9 +30,11 @@ from libs.eventlog.freshness import Freshness
 from libs.eventlog.inbox import Inbox
 from libs.eventlog.leader import RESIGNATIONS, ClaimFailedError, Leadership, NotLeaderError, outcome_unknown
 from libs.eventlog.model import Command, Committed, Domain, Snapshot, Token
-from libs.eventlog.ports import EventLog, LogError, TopicPartition
+from libs.eventlog.ports import EventLog, LogError, SnapshotStore, TopicPartition
 from libs.eventlog.replica import Replica, not_caught_up
+from libs.eventlog.snapshots import Snapshots
 from libs.eventlog.state import Schema
+from libs.eventlog.tailing import OwnTail
 from libs.eventlog.work import BeatWork, CommandWork, Outcome, Work
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class Runtime(Generic[S]):
         task_handlers: Mapping[str, TaskHandler] | None = None,
         *,
         forward: Forwarder | None = None,
+        snapshots: SnapshotStore | None = None,
     ) -> None:
         self.domain = domain
         self.config = config
@@ -97,6 +100,9 @@ class Runtime(Generic[S]):
         self._replicas = [Replica(self._schema, domain.service, index) for index in range(config.partitions)]
         places = [TopicPartition(self._topic, index) for index in range(config.partitions)]
         self._freshness = Freshness(log, places, config.lag_every_s)
+        self._snapshot_store = snapshots
+        self._snapshots = None if snapshots is None else Snapshots(self._schema, domain.service, config, snapshots)
+        self._tail = OwnTail(log, self._topic, self._replicas, self._freshness, self._snapshots)
         self._seats: dict[int, Seat[S]] = {}
         self._supervised: dict[str, asyncio.Task[None]] = {}
         self._dead: list[str] = []
@@ -111,7 +117,7 @@ class Runtime(Generic[S]):
     async def start(self) -> None:
         """Check the installation, then tail and stand for election in the background. Does not wait for either."""
         await self._check_installation()
-        self._supervise("tail", self._keep_tailing)
+        self._supervise("tail", self._tail.run)
         self._supervise("election", self._keep_electing)
         self._supervise("freshness", self._freshness.measure)
 
@@ -127,6 +133,8 @@ class Runtime(Generic[S]):
             _, late = await asyncio.wait(seats, timeout=self.config.read_back_s)
             await _cancel(*late)
         await _cancel(*self._supervised.values())
+        if self._snapshot_store is not None:
+            await self._snapshot_store.close()
 
     async def kill(self) -> None:
         """End as a crash would, finishing nothing and telling nobody; for simulations."""
@@ -177,45 +185,6 @@ class Runtime(Generic[S]):
         self._supervised[name] = task
         task.add_done_callback(ended)
         return task
-
-    # Reading the own log.
-
-    async def _keep_tailing(self) -> None:
-        failures = 0
-        while True:
-            try:
-                await self._tail()
-            except LogError as error:
-                failures += 1
-                logger.warning("reading %s failed: %s", self._topic, error)
-            await asyncio.sleep(back_off(0.05, 2.0, failures))
-
-    async def _tail(self) -> None:
-        places = [TopicPartition(self._topic, replica.partition) for replica in self._replicas]
-        tail = await self._log.open_tail(
-            {place: replica.next_position for place, replica in zip(places, self._replicas, strict=True)}
-        )
-        try:
-            ends = await self._log.end_positions(places)
-            reading = list(zip(places, self._replicas, strict=True))
-            while True:
-                for place, replica in reading:
-                    if not replica.caught_up and tail.position(place) >= ends[place]:
-                        replica.mark_caught_up()
-                records = await tail.fetch(self._freshness.fetch_wait_s)
-                start = 0
-                while start < len(records):
-                    partition = records[start].partition
-                    stop = start + 1
-                    while stop < len(records) and records[stop].partition == partition:
-                        stop += 1
-                    self._replicas[partition].feed(records[start:stop])
-                    start = stop
-                for place, replica in reading:
-                    replica.next_position = tail.position(place)
-                    self._freshness.reached(place, replica.next_position)
-        finally:
-            await tail.close()
 
     # Leading.
 
@@ -290,7 +259,10 @@ class Runtime(Generic[S]):
             seat.inbox = inbox
             seat.problem = ""
             tasks.start()
-            for name, body in (("timers", timers.run), ("inbox", inbox.run)):
+            bodies = {"timers": timers.run, "inbox": inbox.run}
+            if self._snapshots is not None:
+                bodies["snapshots"] = partial(self._snapshots.keep, leadership.replica)
+            for name, body in bodies.items():
                 helpers.append(self._supervise(f"{name}-{leadership.partition}", _until_unseated(leadership, body)))
 
         leadership.on_serving = serving
@@ -465,6 +437,12 @@ class Runtime(Generic[S]):
             return 0.0
         seat = self._seats.get(partition)
         return math.inf if seat is None or seat.inbox is None else seat.inbox.meter.lag()
+
+    async def write_snapshot(self, partition: int) -> int:
+        """Store a snapshot now, whoever leads; its position. For tools and tests: leaders do it by themselves."""
+        if self._snapshots is None:
+            raise ConfigurationError("this process has no store of snapshots")
+        return await self._snapshots.write(self._replicas[partition])
 
     # Health.
 

@@ -22,8 +22,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from libs.blobs.s3 import S3BlobStore
+from libs.blobs.snapshots import BlobSnapshotStore
 from libs.eventlog import Domain, Runtime, RuntimeConfig, TaskHandler
-from libs.eventlog.ports import EventLog
+from libs.eventlog.ports import EventLog, SnapshotStore
 from libs.eventlog.runtime import Forwarder
 from libs.rpc.access import KeyDirectory
 from libs.rpc.audit import AuditServicer
@@ -89,9 +91,21 @@ def service_runtime(
 ) -> Runtime[S]:
     """The runtime of a service as the settings have it: every service makes its own in this way."""
     config = RuntimeConfig(
-        env=settings.env, partitions=settings.partitions, address=settings.address(domain.service, "internal")
+        env=settings.env,
+        partitions=settings.partitions,
+        address=settings.address(domain.service, "internal"),
+        snapshot_every_events=settings.snapshot_every_events,
+        snapshot_every_s=settings.snapshot_every_s,
     )
-    return Runtime(domain, log_, config, task_handlers, forward=forward)
+    return Runtime(domain, log_, config, task_handlers, forward=forward, snapshots=_snapshots(settings))
+
+
+def _snapshots(settings: Settings) -> SnapshotStore | None:
+    """None without a store to put them in: every start then reads the whole log."""
+    if not settings.snapshot_every_events or not settings.s3_access_key:
+        return None
+    blobs = S3BlobStore.from_settings(settings)
+    return BlobSnapshotStore(blobs, blobs.close)
 
 
 class RpcServer:
