@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 import time
 import uuid
@@ -20,7 +21,7 @@ from groundswell.rollout.v1 import edge_pb2_grpc, rollout_pb2_grpc
 from groundswell.webhooks.v1 import webhooks_pb2_grpc
 
 from clients.sdk.errors import ApiError, from_rpc_error
-from clients.sdk.profile import SERVICES, Profile
+from clients.sdk.profile import SERVICES, Profile, ProfileError
 
 DEFAULT_TIMEOUT_S: Final = 10.0
 RETRY_BUDGET_S: Final = 30.0
@@ -127,6 +128,25 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
         return continuation(self._details(client_call_details, client_call_details.timeout), request)
 
 
+def _channel(endpoints: str, credentials: grpc.ChannelCredentials, options: list[tuple[str, Any]]) -> grpc.Channel:
+    """One channel to all replicas: each call, and so each retry, goes to the next one that is connected."""
+    listed = [endpoint.strip() for endpoint in endpoints.split(",") if endpoint.strip()]
+    if len(listed) <= 1:
+        return grpc.secure_channel(endpoints, credentials, options)
+    hosts = [endpoint.rpartition(":")[0].strip("[]") for endpoint in listed]
+    try:
+        (version,) = {ipaddress.ip_address(host).version for host in hosts}
+    except ValueError:
+        raise ProfileError(
+            f"endpoints '{endpoints}': a list holds IP addresses of one family; for host names give one name that "
+            "resolves to all replicas"
+        ) from None
+    several = [*options, ("grpc.lb_policy_name", "round_robin")]
+    if not any(name == "grpc.ssl_target_name_override" for name, _ in options):
+        several.append(("grpc.ssl_target_name_override", hosts[0]))
+    return grpc.secure_channel(f"ipv{version}:{','.join(listed)}", credentials, several)
+
+
 class Client:
     """Public APIs of one installation. Thread-safe; close it or use it as a context manager.
 
@@ -157,7 +177,7 @@ class Client:
         if server_name:
             options.append(("grpc.ssl_target_name_override", server_name))
         interceptor = _Interceptor(api_key, self.tokens, timeout_s, retry_budget_s, on_acknowledged)
-        self._channels = {name: grpc.secure_channel(endpoints[name], credentials, options) for name in SERVICES}
+        self._channels = {name: _channel(endpoints[name], credentials, options) for name in SERVICES}
         wrapped = {name: grpc.intercept_channel(channel, interceptor) for name, channel in self._channels.items()}
         self.registry = registry_pb2_grpc.RegistryServiceStub(wrapped["registry"])
         self.pki = pki_pb2_grpc.PkiServiceStub(wrapped["pki"])

@@ -28,7 +28,7 @@ class Profile:
 
     path: Path
     endpoints: Mapping[str, str]
-    """Service name → ``host:port`` of its public port."""
+    """Service name → ``host:port`` of its public port; of several replicas, a comma list of them."""
     ca: Path
     gateway: str
     gateway_domain: str

@@ -125,7 +125,7 @@ def status(settings: Settings, say: Say = print) -> bool:
         healthy = healthy and seen == "ready"
         restarts = f", restarted {process.restarts} times" if process.restarts else ""
         note = f" - {process.note}" if process.note else ""
-        say(f"{process.name:10} {seen:12} pid {running.pid if running else '-'}{restarts}{note}")
+        say(f"{process.name:12} {seen:12} pid {running.pid if running else '-'}{restarts}{note}")
     if not alive:
         say("the supervisor is not running; `make up` starts it again")
     return healthy

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from deploy.local.credentials import S3Credentials
+from deploy.local.errors import StackError
 from deploy.local.settings import Settings
 from deploy.local.specs import GrpcProbe, HttpProbe, Spec
 
@@ -31,6 +32,10 @@ SERVICES = (
     Service("gateway", "services.gateway", 3),
 )
 
+SINGLE = ("worker", "gateway")
+"""They hold no log of their own, and stay one process each here."""
+_PORTS = ("INTERNAL", "PUBLIC")
+
 
 def service_environment(settings: Settings, credentials: S3Credentials) -> dict[str, str]:
     """What a service, and the commands run beside it, find in the environment."""
@@ -46,10 +51,19 @@ def service_environment(settings: Settings, credentials: S3Credentials) -> dict[
 def service_specs(settings: Settings, credentials: S3Credentials) -> tuple[Spec, ...]:
     """Every service of the table."""
     environment = service_environment(settings, credentials)
-    return tuple(_spec(service, settings, environment) for service in SERVICES)
+    return tuple(
+        _spec(service, settings, environment, replica)
+        for service in SERVICES
+        for replica in range(1 if service.name in SINGLE else settings.replicas)
+    )
 
 
-def _spec(service: Service, settings: Settings, environment: dict[str, str]) -> Spec:
+def process_name(service: str, replica: int) -> str:
+    """What a replica is called in `status`, in its log and in its pid file; the first has its service's own name."""
+    return service if replica == 0 else f"{service}-{replica + 1}"
+
+
+def _spec(service: Service, settings: Settings, environment: dict[str, str], replica: int) -> Spec:
     probe: GrpcProbe | HttpProbe
     if service.name in ("gateway", "worker"):
         health = environment[f"GROUNDSWELL_{service.name.upper()}_HEALTH"]
@@ -58,14 +72,18 @@ def _spec(service: Service, settings: Settings, environment: dict[str, str]) -> 
         if service.name == "gateway":
             addresses.append(environment["GROUNDSWELL_GATEWAY_LISTEN"])
     else:
-        internal = environment[f"GROUNDSWELL_{service.name.upper()}_INTERNAL"]
-        addresses = [internal, environment[f"GROUNDSWELL_{service.name.upper()}_PUBLIC"]]
-        probe = GrpcProbe(internal, str(settings.tls_dir), service.name)
+        listed = [environment[f"GROUNDSWELL_{service.name.upper()}_{port}"].split(",") for port in _PORTS]
+        if any(len(each) != settings.replicas for each in listed):
+            raise StackError(
+                f"GROUNDSWELL_REPLICAS={settings.replicas}, but the addresses given for {service.name} are not as many"
+            )
+        addresses = [each[replica].strip() for each in listed]
+        probe = GrpcProbe(addresses[0], str(settings.tls_dir), service.name)
     return Spec(
-        name=service.name,
+        name=process_name(service.name, replica),
         argv=(sys.executable, "-m", service.module),
         cwd=str(settings.root),
-        env=environment,
+        env=environment | {"GROUNDSWELL_REPLICA": str(replica)},
         ports=tuple(int(address.rpartition(":")[2]) for address in addresses),
         stage=service.stage,
         probe=probe,

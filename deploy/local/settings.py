@@ -19,6 +19,8 @@ PORT_BASE = 19000
 KAFKA, KAFKA_CONTROLLER, REDIS, S3 = 92, 93, 379, 900  # offsets from the base, here and below
 SERVICES = {"registry": 101, "pki": 102, "artifacts": 103, "releases": 104, "rollout": 105, "webhooks": 106}
 PUBLIC = 100  # a service's public port, from its internal one
+REPLICA = 10  # the next replica's ports, from those of the one before
+MAX_REPLICAS = 9
 GATEWAY, GATEWAY_HEALTH, WORKER_HEALTH = 443, 407, 408
 WEBHOOK_RECEIVER = 700  # where a receiver on this machine may listen: the one exception to the webhook policy
 ENV, DEPLOYMENT, PARTITIONS, BUCKET = "dev", "local", 4, "groundswell"
@@ -41,6 +43,8 @@ class Settings:
     jars_dir: Path
     port_base: int
     overrides: Mapping[str, str] = field(default_factory=dict)
+    replicas: int = 1
+    """Processes of each service that has a log; the gateway and the worker are one each."""
 
     def port(self, offset: int) -> int:
         """A port of this stack's block."""
@@ -75,8 +79,9 @@ class Settings:
             "GROUNDSWELL_WEBHOOK_ALLOW": self.webhook_receiver,
         }
         for name, offset in SERVICES.items():
-            defaults[f"GROUNDSWELL_{name.upper()}_INTERNAL"] = self.address(offset)
-            defaults[f"GROUNDSWELL_{name.upper()}_PUBLIC"] = self.address(offset + PUBLIC)
+            offsets = range(offset, offset + self.replicas * REPLICA, REPLICA)
+            defaults[f"GROUNDSWELL_{name.upper()}_INTERNAL"] = ",".join(map(self.address, offsets))
+            defaults[f"GROUNDSWELL_{name.upper()}_PUBLIC"] = ",".join(self.address(each + PUBLIC) for each in offsets)
         return defaults | dict(self.overrides)
 
     def is_external(self, variable: str) -> bool:
@@ -167,6 +172,9 @@ def load(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Setting
         raise StackError(
             f"GROUNDSWELL_PORT_BASE={base} is not usable: give one from 1024 to {65535 - SPAN}, such as {PORT_BASE}"
         )
+    replicas = environ.get("GROUNDSWELL_REPLICAS") or "1"
+    if not replicas.isdigit() or not 1 <= int(replicas) <= MAX_REPLICAS:
+        raise StackError(f"GROUNDSWELL_REPLICAS={replicas} is not usable: give a number from 1 to {MAX_REPLICAS}")
     local_dir = root / (environ.get("GROUNDSWELL_LOCAL_DIR") or LOCAL_DIR)
     stack = Settings(root, local_dir, Path(environ.get("GROUNDSWELL_JARS_DIR") or local_dir / "jars"), int(base))
     known = stack.environment.keys() | {"GROUNDSWELL_S3_ACCESS_KEY", "GROUNDSWELL_S3_SECRET_KEY"}
@@ -175,4 +183,4 @@ def load(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Setting
     partitions = overrides.get("GROUNDSWELL_PARTITIONS", "1")
     if not partitions.isdigit() or int(partitions) < 1:
         raise StackError(f"GROUNDSWELL_PARTITIONS={partitions} is not usable: give a whole number from 1")
-    return Settings(root, local_dir, stack.jars_dir, int(base), overrides)
+    return Settings(root, local_dir, stack.jars_dir, int(base), overrides, int(replicas))

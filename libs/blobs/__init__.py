@@ -78,6 +78,9 @@ class BlobStore(Protocol):
     async def size(self, key: str) -> int | None:
         """Bytes of an object, None when there is none."""
 
+    async def keys(self, prefix: str) -> Sequence[str]:
+        """Keys of all objects that begin so."""
+
     def stream(self, key: str) -> AsyncIterator[bytes]:
         """Content in chunks. Raises BlobNotFoundError."""
 

@@ -82,6 +82,9 @@ class MemoryBlobStore:
     async def size(self, key: str) -> int | None:
         return len(self.objects[key]) if key in self.objects else None
 
+    async def keys(self, prefix: str) -> Sequence[str]:
+        return sorted(key for key in self.objects if key.startswith(prefix))
+
     async def stream(self, key: str) -> AsyncIterator[bytes]:
         if key not in self.objects:
             raise BlobNotFoundError(f"{key} is not in the store")

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import io
 import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,6 +155,16 @@ class S3BlobStore:
         answer = await self._call("HEAD", key)
         return None if answer.status == 404 else answer.expect(f"looking at {key}")
 
+    async def keys(self, prefix: str) -> Sequence[str]:
+        found: list[str] = []
+        query = {"list-type": "2", "prefix": prefix}
+        while True:
+            root = (await self._call("GET", "", query)).expect("listing objects").root()
+            found += [_text(element, "Key") for element in _all(root, "Contents")]
+            if _text(root, "IsTruncated", "false") != "true":
+                return found
+            query["continuation-token"] = _text(root, "NextContinuationToken")
+
     async def stream(self, key: str) -> AsyncIterator[bytes]:
         url = presign(self._credentials, "GET", self._url(self._endpoint, key), {}, {}, _OWN_REQUEST_S)
         try:
@@ -255,7 +266,7 @@ class S3BlobStore:
             url = presign(self._credentials, method, target, query or {}, signed, _OWN_REQUEST_S)
             try:
                 async with self._client().request(
-                    method, URL(url, encoded=True), headers=signed, data=body, allow_redirects=False
+                    method, URL(url, encoded=True), headers=signed, data=_payload(body), allow_redirects=False
                 ) as response:
                     answer = await response.read()
                     if response.status < 500 or response.status == 501:
@@ -266,6 +277,11 @@ class S3BlobStore:
             except (aiohttp.ClientError, TimeoutError) as error:
                 problem = type(error).__name__
         raise BlobStoreError(f"{method} {key}: {problem}")
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    """A big body is sent piece by piece, so that it does not hold the event loop."""
+    return io.BytesIO(body) if len(body) > CHUNK else body
 
 
 def _error_code(body: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from libs.eventlog.config import Health, PartitionHealth, RuntimeConfig, TaskContext, TaskHandler, partition_of
 from libs.eventlog.deadline import Deadline
+from libs.eventlog.leader import NotLeaderError
 from libs.eventlog.model import (
     Command,
     Committed,
@@ -31,6 +32,7 @@ __all__ = [
     "Foreign",
     "Health",
     "NewEvent",
+    "NotLeaderError",
     "PartitionHealth",
     "Public",
     "Runtime",

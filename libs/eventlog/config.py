@@ -60,6 +60,10 @@ class RuntimeConfig:
     lag_every_s: float = 1.0
     beat_every_s: float = 24 * 3600.0
     """An idle leader commits a beat, because brokers forget idle transactional ids."""
+    snapshot_every_events: int = 100_000
+    """Records after which a leader stores a snapshot, when it has a store."""
+    snapshot_every_s: float = 900.0
+    """… or this long after the last one, when something has happened."""
     wall_clock_ms: Callable[[], int] = wall_clock_ms
 
 

@@ -46,9 +46,17 @@ def outcome_unknown() -> UnavailableError:
     )
 
 
-def not_leading() -> UnavailableError:
+class NotLeaderError(UnavailableError):
+    """Nothing was done here. ``leader`` is where it can be done, as far as the log tells; empty when it does not."""
+
+    def __init__(self, message: str, leader: str = "") -> None:
+        super().__init__("NOT_LEADER", message, leader=leader)
+        self.leader = leader
+
+
+def not_leading() -> NotLeaderError:
     """Nothing was done."""
-    return UnavailableError("NOT_LEADER", "this replica stopped leading the partition")
+    return NotLeaderError("this replica stopped leading the partition")
 
 
 class Leadership(Generic[S]):

@@ -332,3 +332,25 @@ class MemoryElection:
 
     async def close(self) -> None:
         self.group.leave(self)
+
+
+class MemorySnapshotStore:
+    """`SnapshotStore` of one process, for tests; they may look into it and damage it."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    async def names(self, prefix: str) -> Sequence[str]:
+        return [name for name in self.objects if name.startswith(prefix)]
+
+    async def read(self, name: str) -> bytes:
+        return self.objects[name]
+
+    async def write(self, name: str, data: bytes) -> None:
+        self.objects.setdefault(name, data)
+
+    async def delete(self, name: str) -> None:
+        self.objects.pop(name, None)
+
+    async def close(self) -> None:
+        """Nothing to release."""

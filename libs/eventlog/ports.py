@@ -110,6 +110,23 @@ class Election(Protocol):
         """Leave the group at once."""
 
 
+class SnapshotStore(Protocol):
+    """Where caches of folds are kept. It may lose, damage or refuse anything at any time: the log is there."""
+
+    async def names(self, prefix: str) -> Sequence[str]:
+        """All names that begin so, in any order."""
+
+    async def read(self, name: str) -> bytes: ...
+
+    async def write(self, name: str, data: bytes) -> None:
+        """A name that exists already may keep what it has."""
+
+    async def delete(self, name: str) -> None:
+        """One that is gone is fine."""
+
+    async def close(self) -> None: ...
+
+
 class EventLog(Protocol):
     """A store of topics."""
 

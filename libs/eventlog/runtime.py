@@ -26,19 +26,21 @@ from libs.eventlog.config import (
     public_topic,
 )
 from libs.eventlog.deadline import Deadline, monotonic
+from libs.eventlog.freshness import Freshness
 from libs.eventlog.inbox import Inbox
-from libs.eventlog.leader import RESIGNATIONS, ClaimFailedError, Leadership, outcome_unknown
+from libs.eventlog.leader import RESIGNATIONS, ClaimFailedError, Leadership, NotLeaderError, outcome_unknown
 from libs.eventlog.model import Command, Committed, Domain, Snapshot, Token
-from libs.eventlog.ports import EventLog, LogError, TopicPartition
+from libs.eventlog.ports import EventLog, LogError, SnapshotStore, TopicPartition
 from libs.eventlog.replica import Replica, not_caught_up
+from libs.eventlog.snapshots import Snapshots
 from libs.eventlog.state import Schema
+from libs.eventlog.tailing import OwnTail
 from libs.eventlog.work import BeatWork, CommandWork, Outcome, Work
 
 logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 
-_TAIL_WAIT_S = 1.0
 _SWEEP_S = 0.02
 """Precision of callers' deadlines."""
 _LATE_MARKER_S = 2.0
@@ -50,7 +52,10 @@ class ConfigurationError(Exception):
 
 
 class Forwarder(Protocol):
-    """Passes a command on to the leader, at most one hop."""
+    """Passes a command that is no request of its own (a task's, say) on to the leader, at most one hop.
+
+    Raises `NotLeaderError` for commands that it does not pass on: calls are forwarded whole, by `libs.rpc`.
+    """
 
     async def __call__(self, address: str, command: Command, deadline: Deadline, /) -> Committed: ...
 
@@ -82,6 +87,7 @@ class Runtime(Generic[S]):
         task_handlers: Mapping[str, TaskHandler] | None = None,
         *,
         forward: Forwarder | None = None,
+        snapshots: SnapshotStore | None = None,
     ) -> None:
         self.domain = domain
         self.config = config
@@ -92,6 +98,11 @@ class Runtime(Generic[S]):
         self._topic = events_topic(config.env, domain.service)
         self._schema: Schema[S] = Schema.of(domain, config.env, config.partitions)
         self._replicas = [Replica(self._schema, domain.service, index) for index in range(config.partitions)]
+        places = [TopicPartition(self._topic, index) for index in range(config.partitions)]
+        self._freshness = Freshness(log, places, config.lag_every_s)
+        self._snapshot_store = snapshots
+        self._snapshots = None if snapshots is None else Snapshots(self._schema, domain.service, config, snapshots)
+        self._tail = OwnTail(log, self._topic, self._replicas, self._freshness, self._snapshots)
         self._seats: dict[int, Seat[S]] = {}
         self._supervised: dict[str, asyncio.Task[None]] = {}
         self._dead: list[str] = []
@@ -106,8 +117,9 @@ class Runtime(Generic[S]):
     async def start(self) -> None:
         """Check the installation, then tail and stand for election in the background. Does not wait for either."""
         await self._check_installation()
-        self._supervise("tail", self._keep_tailing)
+        self._supervise("tail", self._tail.run)
         self._supervise("election", self._keep_electing)
+        self._supervise("freshness", self._freshness.measure)
 
     async def stop(self) -> None:
         """Stop intake, finish the batches on their way, leave the group, stop reading."""
@@ -121,6 +133,8 @@ class Runtime(Generic[S]):
             _, late = await asyncio.wait(seats, timeout=self.config.read_back_s)
             await _cancel(*late)
         await _cancel(*self._supervised.values())
+        if self._snapshot_store is not None:
+            await self._snapshot_store.close()
 
     async def kill(self) -> None:
         """End as a crash would, finishing nothing and telling nobody; for simulations."""
@@ -171,44 +185,6 @@ class Runtime(Generic[S]):
         self._supervised[name] = task
         task.add_done_callback(ended)
         return task
-
-    # Reading the own log.
-
-    async def _keep_tailing(self) -> None:
-        failures = 0
-        while True:
-            try:
-                await self._tail()
-            except LogError as error:
-                failures += 1
-                logger.warning("reading %s failed: %s", self._topic, error)
-            await asyncio.sleep(back_off(0.05, 2.0, failures))
-
-    async def _tail(self) -> None:
-        places = [TopicPartition(self._topic, replica.partition) for replica in self._replicas]
-        tail = await self._log.open_tail(
-            {place: replica.next_position for place, replica in zip(places, self._replicas, strict=True)}
-        )
-        try:
-            ends = await self._log.end_positions(places)
-            reading = list(zip(places, self._replicas, strict=True))
-            while True:
-                for place, replica in reading:
-                    if not replica.caught_up and tail.position(place) >= ends[place]:
-                        replica.mark_caught_up()
-                records = await tail.fetch(_TAIL_WAIT_S)
-                start = 0
-                while start < len(records):
-                    partition = records[start].partition
-                    stop = start + 1
-                    while stop < len(records) and records[stop].partition == partition:
-                        stop += 1
-                    self._replicas[partition].feed(records[start:stop])
-                    start = stop
-                for place, replica in reading:
-                    replica.next_position = tail.position(place)
-        finally:
-            await tail.close()
 
     # Leading.
 
@@ -283,7 +259,10 @@ class Runtime(Generic[S]):
             seat.inbox = inbox
             seat.problem = ""
             tasks.start()
-            for name, body in (("timers", timers.run), ("inbox", inbox.run)):
+            bodies = {"timers": timers.run, "inbox": inbox.run}
+            if self._snapshots is not None:
+                bodies["snapshots"] = partial(self._snapshots.keep, leadership.replica)
+            for name, body in bodies.items():
                 helpers.append(self._supervise(f"{name}-{leadership.partition}", _until_unseated(leadership, body)))
 
         leadership.on_serving = serving
@@ -348,22 +327,32 @@ class Runtime(Generic[S]):
         if waiting:
             asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
+    def leader_elsewhere(self, organization: str) -> str:
+        """Where commands of an organization are decided, when that is another replica; empty when here, or unknown."""
+        return self._foreign_leader(partition_of(organization, self.config.partitions))
+
+    def require_leader(self, organization: str) -> None:
+        """For reads of what only a leader remembers. Raises as `submit` does."""
+        partition = partition_of(organization, self.config.partitions)
+        if self._leader_of(partition) is None:
+            raise self._not_leader(partition, self._foreign_leader(partition))
+
     def _foreign_leader(self, partition: int) -> str:
-        """Address of the leader by the log, empty when that is unknown or was this process."""
+        """Address of the leader by the log, empty when that is unknown or was this process or its predecessor."""
         claim = self._replicas[partition].state.claim
-        return "" if claim is None or claim.node == self.config.node or partition in self._seats else claim.address
+        replica = self._replicas[partition]
+        if claim is None or partition in self._seats or replica.halted or not replica.caught_up:
+            return ""
+        return "" if claim.node == self.config.node or claim.address == self.config.address else claim.address
 
     def _not_leader(self, partition: int, address: str) -> UnavailableError:
         if self._replicas[partition].halted:
             return UnavailableError(
                 "NOT_SERVING", f"partition {partition} of {self.service} is halted", retry_after_s=5
             )
-        claim = self._replicas[partition].state.claim
-        if partition in self._seats or claim is None or not self._electing:
+        if not address:
             return UnavailableError("NOT_READY", f"partition {partition} of {self.service} is not claimed yet")
-        return UnavailableError(
-            "NOT_LEADER", f"partition {partition} of {self.service} is led by another replica", leader=address
-        )
+        return NotLeaderError(f"partition {partition} of {self.service} is led by another replica", address)
 
     # Reads.
 
@@ -425,6 +414,19 @@ class Runtime(Generic[S]):
             if deadline.expired:
                 raise not_caught_up(token.service, token.partition)
 
+    async def catch_up(self, organization: str, deadline: Deadline) -> None:
+        """Wait until reads here reflect all that was committed, by whatever leader, when this was asked."""
+        partition = partition_of(organization, self.config.partitions)
+        if not await self._freshness.catch_up(TopicPartition(self._topic, partition), deadline):
+            raise not_caught_up(self.service, partition)
+
+    def lag(self, organization: str) -> float:
+        """Seconds by which reads here may be behind; 0 where this process leads."""
+        partition = partition_of(organization, self.config.partitions)
+        if self._leader_of(partition) is not None:
+            return 0.0
+        return self._freshness.lag(TopicPartition(self._topic, partition))
+
     async def changed(self, organization: str, deadline: Deadline) -> None:
         """Wait until the committed view of the organization's partition moves. Look first, then wait, in a loop."""
         await self._replicas[partition_of(organization, self.config.partitions)].wait_change(deadline)
@@ -435,6 +437,12 @@ class Runtime(Generic[S]):
             return 0.0
         seat = self._seats.get(partition)
         return math.inf if seat is None or seat.inbox is None else seat.inbox.meter.lag()
+
+    async def write_snapshot(self, partition: int) -> int:
+        """Store a snapshot now, whoever leads; its position. For tools and tests: leaders do it by themselves."""
+        if self._snapshots is None:
+            raise ConfigurationError("this process has no store of snapshots")
+        return await self._snapshots.write(self._replicas[partition])
 
     # Health.
 

@@ -8,9 +8,9 @@ leader look at is kept in plain dicts. A record that contradicts the fold raises
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import immutables
 from google.protobuf.message import Message
@@ -138,6 +138,21 @@ class RequestTable:
         self._full[-1][1].append(key)
         self._entries[key] = entry
 
+    def entries(self) -> dict[RequestKey, RequestEntry]:
+        """All of it, as it is now."""
+        return dict(self._entries)
+
+    def restore(self, entries: Mapping[RequestKey, RequestEntry]) -> None:
+        """Be what `entries` told. What has been stripped of its result is stripped again: that changes nothing."""
+        self._entries = dict(entries)
+        self._full.clear()
+        self._stripped.clear()
+        for key, entry in sorted(entries.items(), key=lambda item: item[1].at_ms):
+            slot = entry.at_ms // _SLOT_MS
+            if not self._full or self._full[-1][0] != slot:
+                self._full.append((slot, []))
+            self._full[-1][1].append(key)
+
     def _expire(self, now_ms: int) -> None:
         """Whole slots at a time; `recall` judges the exact age."""
         while self._full and now_ms - (self._full[0][0] + 1) * _SLOT_MS >= RESULT_KEPT_MS:
@@ -168,6 +183,7 @@ class PartitionState(Generic[S]):
         "domain",
         "heads",
         "inbox",
+        "last_event_id",
         "last_ms",
         "log_id",
         "on_task_opened",
@@ -195,6 +211,7 @@ class PartitionState(Generic[S]):
         self.public_seq = 0
         self.last_ms = 0
         self.log_id = ""
+        self.last_event_id = ""
         self.applied = -1
         self.claim: Claim | None = None
         self.on_task_opened: Callable[[str], None] | None = None
@@ -255,7 +272,36 @@ class PartitionState(Generic[S]):
                 RequestEntry(envelope.request_digest, envelope.occurred_at_ms, envelope.result_type, envelope.result),
             )
         self.applied = record.position
+        self.last_event_id = envelope.event_id
         return envelope.event_id
+
+    def image(self) -> list[Any]:
+        """All of it as values that do not move any more; what `restore` takes."""
+        return [
+            (self.applied, self.last_event_id, self.log_id, self.public_seq, self.last_ms, self.claim),
+            self.domain,
+            self.versions,
+            self.tasks,
+            self.parked,
+            dict(self.timers),
+            dict(self.inbox),
+            dict(self.heads),
+            self.requests.entries(),
+        ]
+
+    def restore(self, image: Sequence[Any]) -> None:
+        """Be the fold that an image was taken of. Raises before anything has changed."""
+        scalars, domain, versions, tasks, parked, timers, inbox, heads, requests = image
+        applied, last_event_id, log_id, public_seq, last_ms, claim = scalars
+        if type(domain) is not type(self.domain):
+            raise TypeError(f"a state of type {type(domain).__name__}")
+        self.applied, self.last_event_id, self.log_id = applied, last_event_id, log_id
+        self.public_seq, self.last_ms, self.claim = public_seq, last_ms, claim
+        self.domain, self.tasks, self.parked = domain, tasks, parked
+        self.versions = versions
+        self._versions = versions.mutate()
+        self.timers, self.inbox, self.heads = timers, inbox, heads
+        self.requests.restore(requests)
 
     def _domain_event(self, record: Record, envelope: pb.Envelope, event_type: str) -> None:
         kind = self._schema.types.get(event_type)

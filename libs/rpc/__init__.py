@@ -1,12 +1,12 @@
 """gRPC for our services: servers, the interceptor that guards every call, channels, and helpers for servicers."""
 
 from libs.rpc.access import KeyDirectory, KeyRecord, covers, may_grant, not_found
-from libs.rpc.client import channel, retry_unavailable
+from libs.rpc.client import channel, dial, retry_unavailable
 from libs.rpc.commands import page, page_in_order, parse_filter, snapshot_state, submit
 from libs.rpc.directory import AccessDirectory
 from libs.rpc.errors import error_of, to_status
 from libs.rpc.identity import Principal, caller, read_after_tokens, report_position
-from libs.rpc.server import RpcServer, configure_logging, serve
+from libs.rpc.server import RpcServer, configure_logging, serve, service_runtime
 
 __all__ = [
     "AccessDirectory",
@@ -18,6 +18,7 @@ __all__ = [
     "channel",
     "configure_logging",
     "covers",
+    "dial",
     "error_of",
     "may_grant",
     "not_found",
@@ -28,6 +29,7 @@ __all__ = [
     "report_position",
     "retry_unavailable",
     "serve",
+    "service_runtime",
     "snapshot_state",
     "submit",
     "to_status",

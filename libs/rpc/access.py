@@ -108,6 +108,13 @@ def authenticate(credential: Credential, record: KeyRecord | None, now_ms: int) 
     previous = hmac.compare_digest(digest, older or bytes(32))
     if record is None or not (current or (previous and older and now_ms < record.previous_expire_ms)):
         raise UnauthenticatedError("API_KEY_UNKNOWN", "this API key is not known")
+    return principal_of(credential.organization, record, now_ms)
+
+
+def principal_of(organization: str, record: KeyRecord | None, now_ms: int) -> Principal:
+    """The principal of a key whose secret was found right, here or by another replica of this service."""
+    if record is None:
+        raise UnauthenticatedError("API_KEY_UNKNOWN", "this API key is not known")
     if record.revoked:
         raise UnauthenticatedError("API_KEY_REVOKED", f"{record.name} was revoked", api_key=record.name)
     if record.expire_ms and record.expire_ms <= now_ms:
@@ -115,7 +122,7 @@ def authenticate(credential: Credential, record: KeyRecord | None, now_ms: int) 
     return Principal(
         name=record.name,
         kind="api_key",
-        organization=credential.organization,
+        organization=organization,
         member=record.member,
         role=record.role,
         scopes=record.scopes,
@@ -127,6 +134,11 @@ def authenticate(credential: Credential, record: KeyRecord | None, now_ms: int) 
 def matches(permission: str, patterns: tuple[str, ...]) -> bool:
     """Whether any pattern covers the permission; ``*`` stands for any part."""
     return any(fnmatchcase(permission, pattern) for pattern in patterns)
+
+
+def only_reads(permission: str) -> bool:
+    """Whether a permission is one of those that change nothing: any replica may answer."""
+    return matches(permission, _VIEW)
 
 
 def patterns_of(role: str, permissions: tuple[str, ...] = ()) -> tuple[str, ...]:

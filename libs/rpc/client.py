@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import ipaddress
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -55,13 +56,37 @@ def _interceptors() -> list[Any]:
     return [_Outgoing(), _OutgoingStream()]
 
 
-def channel(settings: Settings, service: str, *, identity: str) -> grpc.aio.Channel:
-    """A channel to the internal port of a service, as one of our services."""
+def target_of(addresses: Sequence[str]) -> str:
+    """What gRPC dials for a list of addresses: all of them, each call at the next one that is connected."""
+    if len(addresses) == 1:
+        return addresses[0]
+    versions = {_version(address) for address in addresses}
+    if len(versions) != 1 or 0 in versions:
+        raise ValueError(
+            f"{','.join(addresses)}: a list holds IP addresses of one family; for host names give one name that "
+            "resolves to all replicas"
+        )
+    return f"ipv{versions.pop()}:{','.join(addresses)}"
+
+
+def _version(address: str) -> int:
+    try:
+        return ipaddress.ip_address(address.rpartition(":")[0].strip("[]")).version
+    except ValueError:
+        return 0
+
+
+def dial(settings: Settings, addresses: Sequence[str], *, identity: str) -> grpc.aio.Channel:
+    """A channel to internal ports, as one of our services."""
     certificate, key = settings.certificate(identity)
     credentials = grpc.ssl_channel_credentials(settings.ca, key, certificate)
-    return grpc.aio.secure_channel(
-        settings.address(service, "internal"), credentials, options=list(OPTIONS), interceptors=_interceptors()
-    )
+    options = [*OPTIONS, ("grpc.lb_policy_name", "round_robin")]
+    return grpc.aio.secure_channel(target_of(addresses), credentials, options=options, interceptors=_interceptors())
+
+
+def channel(settings: Settings, service: str, *, identity: str) -> grpc.aio.Channel:
+    """A channel to the internal ports of all replicas of a service."""
+    return dial(settings, settings.addresses(service, "internal"), identity=identity)
 
 
 async def retry_unavailable(

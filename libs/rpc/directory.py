@@ -60,6 +60,15 @@ def key_record(
     )
 
 
+def check_fresh(lag_s: float) -> None:
+    """Refuse to judge by a view of who may do what that may lack a revocation."""
+    if lag_s > STALE_S:
+        shown = "unknown" if math.isinf(lag_s) else f"{lag_s:.1f} s"
+        raise UnavailableError(
+            "ACCESS_VIEW_STALE", f"the view of who may do what is behind ({shown}): try again", retry_after_s=0.5
+        )
+
+
 class AccessDirectory:
     """A :class:`libs.rpc.access.KeyDirectory` over the registry's public log."""
 
@@ -121,23 +130,15 @@ class AccessDirectory:
         role = self._roles.get(member.role) if member is not None else None
         if key is None or member is None or (role is None and is_custom(member.role)):
             return await self._ask(name)
-        self._refuse_stale(organization)
+        check_fresh(self.follower.lag_s(partition_of(organization, self._partitions)))
         return key_record(key, member, role)
 
     async def gateway(self, name: str) -> registry_pb2.Gateway | None:
         """The gateway as folded; one made a moment ago is waited for."""
         if name not in self._gateways:
             await self.follower.caught_up(Deadline.after(STALE_S))
-        self._refuse_stale(organization_of(name))
+        check_fresh(self.follower.lag_s(partition_of(organization_of(name), self._partitions)))
         return self._gateways.get(name)
-
-    def _refuse_stale(self, organization: str) -> None:
-        lag = self.follower.lag_s(partition_of(organization, self._partitions))
-        if lag > STALE_S:
-            shown = "unknown" if math.isinf(lag) else f"{lag:.1f} s"
-            raise UnavailableError(
-                "ACCESS_VIEW_STALE", f"the view of who may do what is behind ({shown}): try again", retry_after_s=0.5
-            )
 
     async def _ask(self, name: str) -> KeyRecord | None:
         try:

@@ -2,8 +2,9 @@
 
 1. Identity: SPIFFE id on the internal port, API key on the public one. 2. Deadline: none → 10 s imposed. 3. Validation
 by the protovalidate rules of the request. 4. Authorization by the method's ``access`` option; a method without one
-refuses all. 5. Read-after: the view waits for what the caller has seen. 6. The handler. 7. Errors become ``google.rpc``
-statuses. A stream's caller is authorized again as the stream goes on.
+refuses all. 5. A call that changes what another replica leads goes there (:mod:`libs.rpc.forward`). 6. Read-after: the
+view waits for what the caller has seen. 7. The handler; if it turns out that only the leader can do it, as in 5.
+8. Errors become ``google.rpc`` statuses. A stream's caller is authorized again as the stream goes on.
 
 Health needs no authorization; reflection needs identity but no permission.
 """
@@ -27,9 +28,11 @@ from google.protobuf.message import Message
 from groundswell.options.v1 import access_pb2
 
 from libs.errors import GroundswellError, NotFoundError, PermissionDeniedError, UnauthenticatedError, UnavailableError
-from libs.eventlog import Deadline, Token
-from libs.rpc.access import KeyDirectory, authenticate, authorize, parse_credential
+from libs.eventlog import Deadline, NotLeaderError, Token
+from libs.names import organization_of
+from libs.rpc.access import KeyDirectory, authenticate, authorize, only_reads, parse_credential, principal_of
 from libs.rpc.errors import InvalidFieldsError, error_of, to_status
+from libs.rpc.forward import FORWARDED_BY, ORIGINAL_PRINCIPAL, LeaderForwarder, RefusedByLeaderError, header
 from libs.rpc.identity import (
     LOG_POSITION,
     READ_AFTER,
@@ -56,6 +59,9 @@ class Reads(Protocol):
 
     async def wait_for(self, tokens: Sequence[Token], deadline: Deadline) -> None:
         """Return when the view has reached the tokens."""
+
+    def leader_elsewhere(self, organization: str) -> str:
+        """Address of the replica that decides for an organization; empty when it is this one, or not known."""
 
 
 class DeniedCalls:
@@ -98,7 +104,10 @@ def resource_of(request: Message, path: str) -> str:
 
 
 class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
-    """See the module. ``directory`` makes it the gate of a public port, ``trust_domain`` that of an internal one."""
+    """See the module. ``trust_domain`` makes it the gate of an internal port; without one it is that of a public port.
+
+    An internal gate uses ``directory`` for the callers of forwarded calls only.
+    """
 
     def __init__(
         self,
@@ -106,11 +115,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
         *,
         directory: KeyDirectory | None = None,
         trust_domain: str = "",
+        forwarder: LeaderForwarder | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._reads = reads
         self._directory = directory
         self._trust_domain = trust_domain
+        self._forwarder = forwarder
         self._now_ms = now_ms
         self._validator = protovalidate.Validator()
         self.denied = DeniedCalls()
@@ -127,7 +138,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
             return handler
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
+                self._unary(method, handler.unary_unary),
+                handler.request_deserializer,
+                _passing_bytes(handler.response_serializer),
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
@@ -148,10 +161,11 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
             try:
                 remaining = context.time_remaining() or DEFAULT_DEADLINE_S
                 async with asyncio.timeout(remaining):
-                    positions = await self._admit(method, request, context, remaining)
-                    response = await handler(request, context)
+                    response, positions = await self._answer(method, handler, request, context, remaining)
             except grpc.aio.AbortError:
                 raise
+            except RefusedByLeaderError as refusal:
+                await context.abort_with_status(refusal.status)
             except TimeoutError:
                 await _abort(context, UnavailableError("DEADLINE_EXCEEDED", f"{method} did not finish in its deadline"))
             except Exception as error:
@@ -162,12 +176,47 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
 
         return call
 
+    async def _answer(
+        self,
+        method: str,
+        handler: Callable[[Any, Any], Awaitable[Any]],
+        request: Message,
+        context: Any,
+        remaining: float,
+    ) -> tuple[Any, list[str]]:
+        """The response, which is bytes when the leader gave it, and the positions to report."""
+        deadline = Deadline.after(remaining)
+        principal, positions = await self._enter(method, request, context)
+        leader = self._leader_elsewhere(method, request, context)
+        if not leader:
+            try:
+                await self._read_after(context, deadline)
+                return await handler(request, context), positions
+            except NotLeaderError as error:
+                # Nothing was decided here: whatever the handler did before can be done again, as for any retry.
+                leader = error.leader
+                if not leader or self._forwarder is None or header(context, FORWARDED_BY):
+                    raise
+        assert self._forwarder is not None  # noqa: S101 - without one there is no leader elsewhere
+        await self._forwarder.tidy()
+        return await self._forwarder.call(leader, method, request, context, principal, deadline.remaining())
+
+    def _leader_elsewhere(self, method: str, request: Message, context: Any) -> str:
+        """Where a call goes that is known beforehand to change something: before its handler does any work for it."""
+        rule = access_of(method)
+        if self._forwarder is None or self._reads is None or rule is None or header(context, FORWARDED_BY):
+            return ""
+        if not rule.permission or not rule.resource or only_reads(rule.permission):
+            return ""
+        return self._reads.leader_elsewhere(organization_of(resource_of(request, rule.resource)))
+
     def _stream(
         self, method: str, handler: Callable[[Any, Any], AsyncGenerator[Any, None]]
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
         async def call(request: Message, context: Any) -> AsyncIterator[Any]:
             try:
-                await self._admit(method, request, context, DEFAULT_DEADLINE_S)
+                await self._enter(method, request, context)
+                await self._read_after(context, Deadline.after(DEFAULT_DEADLINE_S))
                 checked = time.monotonic()
                 async with aclosing(handler(request, context)) as responses:
                     async for response in responses:
@@ -196,21 +245,26 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
 
         return call
 
-    async def _admit(self, method: str, request: Message, context: Any, remaining: float) -> list[str]:
+    async def _enter(self, method: str, request: Message, context: Any) -> tuple[Principal, list[str]]:
         principal = await self._identify(context)
         set_caller(principal)
         positions = begin_positions()
         self._validate(request)
         self._authorize(method, principal, request)
+        return principal, positions
+
+    async def _read_after(self, context: Any, deadline: Deadline) -> None:
         tokens = tuple(str(value) for key, value in context.invocation_metadata() if key == READ_AFTER)[:MAX_TOKENS]
         set_read_after_tokens(tokens)
         if tokens and self._reads is not None:
-            await self._reads.wait_for([_token(text) for text in tokens], Deadline.after(remaining))
-        return positions
+            await self._reads.wait_for([_token(text) for text in tokens], deadline)
 
     async def _identify(self, context: Any) -> Principal:
-        if self._directory is None:
-            return self._service(context)
+        if self._trust_domain or self._directory is None:
+            peer = self._service(context)
+            original = header(context, ORIGINAL_PRINCIPAL)
+            same = self._forwarder is not None and peer.service == self._forwarder.service
+            return await self._original(original) if original and same else peer
         metadata = {key: value for key, value in context.invocation_metadata() if key == "authorization"}
         if "authorization" not in metadata:
             raise UnauthenticatedError(
@@ -219,6 +273,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
         credential = parse_credential(str(metadata["authorization"]))
         record = await self._directory.lookup(credential.organization, credential.name)
         return authenticate(credential, record, self._now_ms())
+
+    async def _original(self, name: str) -> Principal:
+        """Whoever another replica of this service has identified, with the rights that are known here."""
+        prefix = f"spiffe://{self._trust_domain}/service/"
+        if name.startswith(prefix):
+            return Principal(name=name, kind="service", service=name.removeprefix(prefix))
+        organization = organization_of(name)
+        record = await self._directory.lookup(organization, name) if self._directory is not None else None
+        return principal_of(organization, record, self._now_ms())
 
     def _service(self, context: Any) -> Principal:
         prefix = f"spiffe://{self._trust_domain}/service/"
@@ -266,6 +329,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
         incident = uuid.uuid4().hex[:12]
         log.error("unexpected error %s in %s", incident, method, exc_info=error)
         return GroundswellError("INTERNAL", f"unexpected error, logged as {incident}", incident=incident)
+
+
+def _passing_bytes(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """What the leader has serialized is not taken apart to be put together again."""
+
+    def serialized(response: Any) -> bytes:
+        return response if isinstance(response, bytes) or serialize is None else serialize(response)
+
+    return serialized
 
 
 def _closed(method: str) -> grpc.RpcMethodHandler[Any, Any]:

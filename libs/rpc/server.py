@@ -1,7 +1,9 @@
 """A service's two gRPC ports, its health, and its life from start to SIGTERM.
 
 The internal port asks for a client certificate of our CA; the public one takes API keys. Internal services are not even
-registered on the public port. A service whose runtime is no longer live ends, so that its supervisor starts it anew.
+registered on the public port. Public services are registered on the internal one too: there other replicas of the same
+service forward calls that only the leader can answer, and nobody else is let in.
+A service whose runtime is no longer live ends, so that its supervisor starts it anew.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol, runtime_checkable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import grpc
 import uvloop
@@ -20,10 +22,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
-from libs.eventlog import Runtime
-from libs.eventlog.ports import EventLog
+from libs.blobs.s3 import S3BlobStore
+from libs.blobs.snapshots import BlobSnapshotStore
+from libs.eventlog import Domain, Runtime, RuntimeConfig, TaskHandler
+from libs.eventlog.ports import EventLog, SnapshotStore
+from libs.eventlog.runtime import Forwarder
 from libs.rpc.access import KeyDirectory
 from libs.rpc.audit import AuditServicer
+from libs.rpc.forward import LeaderForwarder
 from libs.rpc.interceptor import Gate
 from libs.settings import Settings
 
@@ -43,6 +49,7 @@ _OPTIONS: Final = (
     ("grpc.http2.max_ping_strikes", 0),
 )
 
+S = TypeVar("S")
 Registration = tuple[Callable[[Any, Any], None], Any]
 """(generated ``add_…Servicer_to_server``, servicer)."""
 
@@ -74,6 +81,33 @@ class App(Protocol):
         """False when the process should end and be started anew."""
 
 
+def service_runtime(
+    domain: Domain[S],
+    log_: EventLog,
+    settings: Settings,
+    task_handlers: Mapping[str, TaskHandler] | None = None,
+    *,
+    forward: Forwarder | None = None,
+) -> Runtime[S]:
+    """The runtime of a service as the settings have it: every service makes its own in this way."""
+    config = RuntimeConfig(
+        env=settings.env,
+        partitions=settings.partitions,
+        address=settings.address(domain.service, "internal"),
+        snapshot_every_events=settings.snapshot_every_events,
+        snapshot_every_s=settings.snapshot_every_s,
+    )
+    return Runtime(domain, log_, config, task_handlers, forward=forward, snapshots=_snapshots(settings))
+
+
+def _snapshots(settings: Settings) -> SnapshotStore | None:
+    """None without a store to put them in: every start then reads the whole log."""
+    if not settings.snapshot_every_events or not settings.s3_access_key:
+        return None
+    blobs = S3BlobStore.from_settings(settings)
+    return BlobSnapshotStore(blobs, blobs.close)
+
+
 class RpcServer:
     """Both ports of a service. Parts are started before them, in order, and stopped after them, in reverse."""
 
@@ -101,6 +135,7 @@ class RpcServer:
         self._directory = directory
         self._parts = list(parts)
         self._servers: list[grpc.aio.Server] = []
+        self._forwarder = LeaderForwarder(settings, service)
         self._health = health_aio.HealthServicer()
         self._watch: asyncio.Task[None] | None = None
 
@@ -112,18 +147,12 @@ class RpcServer:
         pair = [(key, certificate)]
         internal = grpc.ssl_server_credentials(pair, self._settings.ca, require_client_auth=True)
         public = grpc.ssl_server_credentials(pair)
-        gates = (
-            Gate(self._runtime, trust_domain=self._settings.deployment),
-            Gate(self._runtime, directory=self._directory),
-        )
-        plan = (("internal", internal, self._internal, gates[0]), ("public", public, self._public, gates[1]))
-        for port, credentials, registrations, gate in plan:
-            await self._listen(
-                self._settings.address(self._service, "internal" if port == "internal" else "public"),
-                credentials,
-                registrations,
-                gate,
-            )
+        directory, forwarder = self._directory, self._forwarder
+        inner = Gate(self._runtime, directory=directory, trust_domain=self._settings.deployment, forwarder=forwarder)
+        outer = Gate(self._runtime, directory=directory, forwarder=forwarder)
+        bind = self._settings.bind
+        await self._listen(bind(self._service, "internal"), internal, self._internal, inner, forwarded=self._public)
+        await self._listen(bind(self._service, "public"), public, self._public, outer)
         self._watch = asyncio.create_task(self._report_health(), name="health")
         log.info(
             "listening: internal=%s public=%s",
@@ -131,12 +160,19 @@ class RpcServer:
         )
 
     async def _listen(
-        self, address: str, credentials: grpc.ServerCredentials, registrations: Sequence[Registration], gate: Gate
+        self,
+        address: str,
+        credentials: grpc.ServerCredentials,
+        registrations: Sequence[Registration],
+        gate: Gate,
+        forwarded: Sequence[Registration] = (),
     ) -> None:
         server = grpc.aio.server(interceptors=[gate], options=list(_OPTIONS))
         names = [reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
         for add, servicer in registrations:
             names.append(_service_name(add, servicer))
+            add(servicer, server)
+        for add, servicer in forwarded:
             add(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection(names, server)
@@ -168,6 +204,7 @@ class RpcServer:
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(*(server.stop(GRACE_S) for server in self._servers))
         await self._runtime.stop()
+        await self._forwarder.close()
         for part in reversed(self._parts):
             await part.stop()
         await self._log.close()

@@ -71,12 +71,44 @@ class Settings(BaseSettings):
     quota_api_keys: int = Field(default=1_000, ge=0)
     """API keys of an organization that are not revoked."""
     quota_gateways: int = Field(default=1_000, ge=0)
+    replica: int = Field(default=0, ge=0)
+    """Which of the addresses listed for its service this process has, counted from 0."""
+    bind_host: str = ""
+    """Interface to listen on; empty means the host of this process's own address."""
+    advertise_host: str = ""
+    """Host under which other replicas reach this one; empty means that of its own address."""
+    snapshot_every_events: int = Field(default=100_000, ge=0)
+    """A leader stores a snapshot after this many records; 0 stores none and loads none."""
+    snapshot_every_s: float = Field(default=900.0, gt=0)
+    """… or after this long, when anything changed."""
     fail_points: str = ""
     """Named fail points, tests only."""
 
+    def addresses(self, service: str, port: Port) -> tuple[str, ...]:
+        """Every ``host:port`` of a service, to dial: one for each replica, or one name that stands for all."""
+        listed = str(getattr(self, f"{service}_{port}"))
+        return tuple(each.strip() for each in listed.split(",") if each.strip())
+
     def address(self, service: str, port: Port) -> str:
-        """``host:port`` of a service, to bind and to dial."""
-        return str(getattr(self, f"{service}_{port}"))
+        """``host:port`` of the replica of a service that this process is, as others reach it."""
+        own = self._own(service, port)
+        return f"{self.advertise_host}:{own.rpartition(':')[2]}" if self.advertise_host else own
+
+    def bind(self, service: str, port: Port) -> str:
+        """``host:port`` to listen on."""
+        own = self._own(service, port)
+        return f"{self.bind_host}:{own.rpartition(':')[2]}" if self.bind_host else own
+
+    def _own(self, service: str, port: Port) -> str:
+        listed = self.addresses(service, port)
+        if len(listed) == 1 and self.advertise_host:
+            return listed[0]  # one name stands for all replicas, which share a port
+        if self.replica >= len(listed):
+            raise ValueError(
+                f"GROUNDSWELL_REPLICA={self.replica}, but GROUNDSWELL_{service.upper()}_{port.upper()} lists "
+                f"{len(listed)} addresses: list one for each replica, or set GROUNDSWELL_ADVERTISE_HOST"
+            )
+        return listed[self.replica]
 
     @property
     def s3_public(self) -> str:

@@ -7,10 +7,10 @@ from groundswell.artifacts.v1 import artifacts_pb2_grpc as pb_grpc
 from groundswell.registry.v1 import registry_pb2_grpc
 
 from libs.blobs.s3 import S3BlobStore
-from libs.eventlog import Runtime, RuntimeConfig
+from libs.eventlog import Runtime
 from libs.eventlog.kafka import KafkaLog
 from libs.eventlog.ports import EventLog
-from libs.rpc import AccessDirectory, RpcServer, channel
+from libs.rpc import AccessDirectory, RpcServer, channel, service_runtime
 from libs.settings import Settings
 from services.artifacts.domain import Artifacts
 from services.artifacts.service import ArtifactsInternalServicer, ArtifactsServicer
@@ -35,9 +35,8 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
     """Everything, wired; nothing is started yet."""
     log = log or KafkaLog(settings.kafka)
     blobs = S3BlobStore.from_settings(settings)
-    config = RuntimeConfig(env=settings.env, partitions=settings.partitions, address=settings.artifacts_internal)
     domain = Artifacts(settings.artifacts_grace_s * 1000)
-    runtime: Runtime[State] = Runtime(domain, log, config, ArtifactsTasks(blobs).handlers())
+    runtime: Runtime[State] = service_runtime(domain, log, settings, ArtifactsTasks(blobs).handlers())
     to_registry = channel(settings, "registry", identity="artifacts")
     registry = registry_pb2_grpc.RegistryInternalServiceStub(to_registry)
     directory = AccessDirectory(log, settings, registry)

@@ -6,18 +6,19 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 import grpc
-from groundswell.pki.v1 import pki_pb2_grpc
+from groundswell.pki.v1 import keys_pb2_grpc, pki_pb2_grpc
 from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
 
-from libs.eventlog import Runtime, RuntimeConfig
+from libs.eventlog import Runtime
 from libs.eventlog.kafka import KafkaLog
 from libs.eventlog.ports import EventLog
 from libs.keystore import DirectoryKeyStore, KeyStore
-from libs.rpc import AccessDirectory, RpcServer, channel, error_of
+from libs.rpc import AccessDirectory, RpcServer, channel, error_of, service_runtime
 from libs.settings import Settings
 from services.pki.authorities import CodeOf
 from services.pki.domain import Pki
 from services.pki.issuer import Issuer
+from services.pki.keys import CaKeyForwarder, CaKeyServicer
 from services.pki.model import State
 from services.pki.service import PkiInternalServicer, PkiServicer
 from services.pki.tasks import PkiTasks
@@ -86,10 +87,9 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
     code_of = code_function(keystore)
     issuer = Issuer(keystore, settings.deployment)
     tasks = PkiTasks(registry)
-    config = RuntimeConfig(
-        env=settings.env, partitions=settings.partitions, address=settings.address("pki", "internal")
+    runtime: Runtime[State] = service_runtime(
+        Pki(code_of), event_log, settings, tasks.handlers(), forward=CaKeyForwarder(settings)
     )
-    runtime: Runtime[State] = Runtime(Pki(code_of), event_log, config, tasks.handlers())
     tasks.submit = runtime.submit
     directory = AccessDirectory(event_log, settings, stub)
     return RpcServer(
@@ -98,7 +98,10 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
         runtime,
         event_log,
         public=[(pki_pb2_grpc.add_PkiServiceServicer_to_server, PkiServicer(runtime, registry, code_of, issuer))],
-        internal=[(pki_pb2_grpc.add_PkiInternalServiceServicer_to_server, PkiInternalServicer(runtime, issuer))],
+        internal=[
+            (pki_pb2_grpc.add_PkiInternalServiceServicer_to_server, PkiInternalServicer(runtime, issuer)),
+            (keys_pb2_grpc.add_CaKeyInternalServiceServicer_to_server, CaKeyServicer(runtime)),
+        ],
         directory=directory,
         parts=[_ChannelPart(to_registry), directory],
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from groundswell.registry.v1 import registry_pb2_grpc as pb_grpc
 
-from libs.eventlog import Runtime, RuntimeConfig
 from libs.eventlog.kafka import KafkaLog
 from libs.eventlog.ports import EventLog
-from libs.rpc import RpcServer
+from libs.rpc import RpcServer, service_runtime
 from libs.settings import Settings
 from services.registry.domain import Quotas, Registry
 from services.registry.service import OwnKeys, RegistryInternalServicer, RegistryServicer
@@ -25,12 +24,7 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
         api_keys=settings.quota_api_keys,
         gateways=settings.quota_gateways,
     )
-    runtime = Runtime(
-        Registry(quotas),
-        log,
-        RuntimeConfig(env=settings.env, partitions=settings.partitions, address=settings.registry_internal),
-        HANDLERS,
-    )
+    runtime = service_runtime(Registry(quotas), log, settings, HANDLERS)
     return RpcServer(
         settings,
         "registry",

@@ -51,7 +51,7 @@ def profile_document(settings: Settings, secret: str, target: Path, previous: di
     return {
         **previous,
         "platform_key": f"gsw_platform_{KEY_ID}_{secret}",
-        "endpoints": {service: settings.address(service, "public") for service in SERVICES},
+        "endpoints": {service: ",".join(settings.addresses(service, "public")) for service in SERVICES},
         "gateway": settings.gateway_listen,
         "gateway_domain": settings.gateway_domain,
         "ca": os.path.relpath(settings.tls_dir / "ca.pem", target.parent),

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 from groundswell.registry.v1 import device_imports_pb2 as imports_pb
 from groundswell.registry.v1 import registry_pb2 as pb
 from groundswell.registry.v1 import registry_pb2_grpc
 
-from libs.eventlog import Runtime
+from libs.eventlog import Deadline, Runtime
 from libs.names import is_within, last_segment, organization_of
 from libs.rpc import caller, not_found, page, page_in_order, report_position, snapshot_state, submit
 from libs.rpc.access import PLATFORM, KeyRecord
+from libs.rpc.directory import check_fresh
 from services.registry import domain, views
 from services.registry.domain import State, find
 from services.registry.domain.rules import invalid
 from services.registry.domain.state import Shelves, known_key, shelf
 
 M = TypeVar("M", bound=Message)
+
+CATCH_UP_S: Final = 3.0
+"""Longest wait of a replica that does not lead for what it has not read yet."""
 
 
 class OwnKeys:
@@ -29,7 +33,16 @@ class OwnKeys:
         self._runtime = runtime
 
     async def lookup(self, organization: str, name: str) -> KeyRecord | None:
-        """The key, or None."""
+        """The key, or None. A replica that does not lead reads on before it says that there is none."""
+        found = self._known(organization, name)
+        lag = self._runtime.lag(organization)
+        if found is None and lag > 0:
+            await self._runtime.catch_up(organization, Deadline.after(CATCH_UP_S))
+            return self._known(organization, name)
+        check_fresh(lag)
+        return found
+
+    def _known(self, organization: str, name: str) -> KeyRecord | None:
         state = self._runtime.snapshot(organization).state
         assert isinstance(state, State)  # noqa: S101 - the runtime was built for this domain
         return known_key(state, name)
@@ -307,6 +320,9 @@ class RegistryInternalServicer(registry_pb2_grpc.RegistryInternalServiceServicer
         return _found(find(self._state(request.name).devices, request.name), request.name)
 
     async def LookupApiKey(self, request: pb.LookupApiKeyRequest, context: Any) -> Any:
+        organization = organization_of(request.name)
+        if self._runtime.lag(organization) > 0:
+            await self._runtime.catch_up(organization, Deadline.after(CATCH_UP_S))
         state = self._state(request.name)
         key = _found(find(state.api_keys, request.name), request.name)
         member = _found(find(state.members, key.member), key.member)

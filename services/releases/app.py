@@ -7,10 +7,10 @@ from groundswell.artifacts.v1 import artifacts_pb2, artifacts_pb2_grpc
 from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
 from groundswell.releases.v1 import releases_pb2_grpc as grpc_api
 
-from libs.eventlog import Runtime, RuntimeConfig
+from libs.eventlog import Runtime
 from libs.eventlog.kafka import KafkaLog
 from libs.eventlog.ports import EventLog
-from libs.rpc import AccessDirectory, RpcServer, channel
+from libs.rpc import AccessDirectory, RpcServer, channel, service_runtime
 from libs.settings import Settings
 from services.releases.domain import Releases, State
 from services.releases.service import References, ReleasesInternalServicer, ReleasesServicer
@@ -54,10 +54,7 @@ class _ChannelPart:
 async def build(settings: Settings, *, log: EventLog | None = None, references: References | None = None) -> RpcServer:
     """The releases service, ready to start."""
     log = log or KafkaLog(settings.kafka)
-    config = RuntimeConfig(
-        env=settings.env, partitions=settings.partitions, address=settings.address("releases", "internal")
-    )
-    runtime: Runtime[State] = Runtime(Releases(), log, config)
+    runtime: Runtime[State] = service_runtime(Releases(), log, settings)
     to_registry = channel(settings, "registry", identity="releases")
     to_artifacts = channel(settings, "artifacts", identity="releases")
     registry = registry_pb2_grpc.RegistryInternalServiceStub(to_registry)

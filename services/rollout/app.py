@@ -9,11 +9,11 @@ from groundswell.releases.v1 import releases_pb2_grpc
 from groundswell.rollout.v1 import edge_pb2_grpc, rollout_pb2_grpc
 from redis.asyncio import Redis
 
-from libs.eventlog import Runtime, RuntimeConfig
+from libs.eventlog import Runtime
 from libs.eventlog.kafka import KafkaLog
 from libs.eventlog.ports import EventLog
 from libs.keystore import DirectoryKeyStore
-from libs.rpc import AccessDirectory, RpcServer, channel
+from libs.rpc import AccessDirectory, RpcServer, channel, service_runtime
 from libs.settings import Settings
 from services.rollout.domain import RolloutDomain, State
 from services.rollout.edge import RolloutEdgeServicer
@@ -49,8 +49,7 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
     )
     releases_stub = releases_pb2_grpc.ReleasesInternalServiceStub(releases)
     redis = Redis.from_url(settings.redis, socket_timeout=2, socket_connect_timeout=2)
-    config = RuntimeConfig(env=settings.env, partitions=settings.partitions, address=settings.address(NAME, "internal"))
-    runtime: Runtime[State] = Runtime(RolloutDomain(), log, config, handlers(releases_stub))
+    runtime: Runtime[State] = service_runtime(RolloutDomain(), log, settings, handlers(releases_stub))
     public = RolloutServicer(
         runtime, artifacts_pb2_grpc.ArtifactsInternalServiceStub(artifacts), releases_stub, redis, settings.env
     )

@@ -6,12 +6,12 @@ from groundswell.registry.v1 import registry_pb2_grpc
 from groundswell.webhooks.v1 import webhooks_pb2_grpc
 
 from libs.errors import UnavailableError
-from libs.eventlog import Runtime, RuntimeConfig
+from libs.eventlog import Runtime
 from libs.eventlog.config import partition_of, wall_clock_ms
 from libs.eventlog.kafka import KafkaLog
 from libs.eventlog.ports import EventLog, LogError, TopicPartition
 from libs.keystore import DirectoryKeyStore
-from libs.rpc import AccessDirectory, RpcServer, channel
+from libs.rpc import AccessDirectory, RpcServer, channel, service_runtime
 from libs.settings import Settings
 from services.webhooks.domain import Place, State, Webhooks
 from services.webhooks.policy import UrlPolicy
@@ -66,11 +66,8 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> WebhooksA
     event_log = log or KafkaLog(settings.kafka)
     policy = UrlPolicy.parse(settings.webhook_allow)
     signer = Signer(DirectoryKeyStore(settings.keystore_dir))
-    config = RuntimeConfig(
-        env=settings.env, partitions=settings.partitions, address=settings.address("webhooks", "internal")
-    )
     domain = Webhooks(lambda name, uid: signer.keys(name, uid).public_key)
-    runtime: Runtime[State] = Runtime(domain, event_log, config)
+    runtime: Runtime[State] = service_runtime(domain, event_log, settings)
     transport = HttpsTransport(policy, wall_clock_ms)
     sender = Sender(runtime, event_log, settings.env, transport, signer, wall_clock_ms)
     registry = registry_pb2_grpc.RegistryInternalServiceStub(channel(settings, "registry", identity="webhooks"))

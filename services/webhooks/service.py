@@ -90,6 +90,7 @@ class WebhooksServicer(webhooks_pb2_grpc.WebhooksServiceServicer):
 
     async def ListDeliveries(self, request: Any, context: Any) -> pb.ListDeliveriesResponse:
         """Deliveries that wait or are dead, from the log, and the latest successes that this leader remembers."""
+        self._runtime.require_leader(organization_of(request.parent))
         endpoint = find(snapshot_state(self._runtime, request.parent), request.parent)
         deliveries = {each.name: each for each in self._recent(request.parent)}
         for place, stream in endpoint.streams.items():

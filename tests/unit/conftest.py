@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 import pytest
 
+from tests.snapshots import states_survive_snapshots  # noqa: F401 - a fixture of every test here
+
 _LOCAL = getattr(socket, "AF_UNIX", None)
 
 

@@ -17,6 +17,8 @@ from libs.blobs import BlobNotFoundError, BlobStore, BlobStoreError, StoredPart
 from libs.blobs.memory import MemoryBlobStore
 from libs.blobs.s3 import S3BlobStore
 from libs.blobs.sigv4 import Credentials
+from libs.blobs.snapshots import BlobSnapshotStore
+from libs.eventlog.ports import SnapshotStore
 from tests.conftest import S3
 
 FIRST = os.urandom(5 * 1024 * 1024)
@@ -182,3 +184,29 @@ async def test_what_is_deleted_is_gone_and_deleting_again_is_fine(blobs: Fixture
 
 async def test_a_fit_store_passes_its_self_test(blobs: Fixture) -> None:
     await blobs.store.self_test()
+
+
+async def test_keys_are_listed_by_prefix(blobs: Fixture) -> None:
+    folder = f"listed-{os.urandom(6).hex()}"
+    names = [f"{folder}/a/{number:04d}" for number in range(7)]
+    await asyncio.gather(*(blobs.store.put_if_absent(name, b"x") for name in (*names, f"{folder}/b")))
+    assert sorted(await blobs.store.keys(f"{folder}/a/")) == names
+    assert await blobs.store.keys(f"{folder}/none/") == []
+    await asyncio.gather(*(blobs.store.delete(name) for name in (*names, f"{folder}/b")))
+    assert await blobs.store.keys(folder) == []
+
+
+async def test_snapshots_are_kept_in_it(blobs: Fixture) -> None:
+    async def close() -> None:
+        """The fixture does."""
+
+    store: SnapshotStore = BlobSnapshotStore(blobs.store, close)
+    folder = f"snapshots-{os.urandom(6).hex()}/0/"
+    await store.write(f"{folder}1", FIRST)
+    await store.write(f"{folder}1", b"the same position again")
+    assert await store.names(folder) == [f"{folder}1"]
+    assert await store.read(f"{folder}1") == FIRST
+    await store.delete(f"{folder}1")
+    await store.delete(f"{folder}1")
+    with pytest.raises(BlobNotFoundError):
+        await store.read(f"{folder}1")

@@ -32,7 +32,7 @@ from libs.eventlog import (
 )
 from libs.eventlog.codec import read_envelope
 from libs.eventlog.config import TaskHandler, events_topic
-from libs.eventlog.ports import Appender, Election, EventLog, NewRecord, Record, Tail, TopicPartition
+from libs.eventlog.ports import Appender, Election, EventLog, NewRecord, Record, SnapshotStore, Tail, TopicPartition
 
 ORGANIZATION = "acme"
 PARTITIONS = 4
@@ -339,6 +339,7 @@ class World:
         real_election: bool = False,
         env: str = "",
         hooks: Sequence[Step] = (),
+        snapshots: SnapshotStore | None = None,
         **config: Any,
     ) -> Replica:
         """Start a process; it leads nothing until told to (or elected)."""
@@ -347,7 +348,9 @@ class World:
         number = len(self._replicas) + 1
         settings: dict[str, Any] = {"address": f"replica-{number}", "partitions": PARTITIONS, "retry_first_s": 0.02}
         settings |= config
-        runtime = self.runtime_type(domain or KeyValue(), log, RuntimeConfig(env=env or self.env, **settings), handlers)
+        runtime = self.runtime_type(
+            domain or KeyValue(), log, RuntimeConfig(env=env or self.env, **settings), handlers, snapshots=snapshots
+        )
         replica = Replica(runtime, log)
         self._replicas.append(replica)
         await runtime.start()

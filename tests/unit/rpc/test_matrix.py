@@ -10,7 +10,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from groundswell.artifacts.v1 import artifacts_pb2
 from groundswell.audit.v1 import audit_pb2
 from groundswell.options.v1 import access_pb2
-from groundswell.pki.v1 import pki_pb2
+from groundswell.pki.v1 import keys_pb2, pki_pb2
 from groundswell.registry.v1 import registry_pb2
 from groundswell.releases.v1 import releases_pb2
 from groundswell.rollout.v1 import edge_pb2, rollout_pb2
@@ -21,7 +21,7 @@ from libs.rpc.access import authorize, role_allows
 from libs.rpc.identity import Principal
 from libs.rpc.interceptor import access_of
 
-FILES = (artifacts_pb2, audit_pb2, pki_pb2, registry_pb2, releases_pb2, rollout_pb2, edge_pb2, webhooks_pb2)
+FILES = (artifacts_pb2, audit_pb2, keys_pb2, pki_pb2, registry_pb2, releases_pb2, rollout_pb2, edge_pb2, webhooks_pb2)
 SERVICES = {"registry", "pki", "artifacts", "releases", "rollout", "webhooks"}
 ROLES = ("viewer", "operator", "admin", "owner", "platform")
 UNPLACED = {"registry.organizations.create", "registry.organizations.list"}
