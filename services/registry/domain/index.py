@@ -21,13 +21,16 @@ Key = tuple[str, str, str]
 """(collection, field, value); field and value are empty for the whole collection."""
 
 
-@dataclass(frozen=True, slots=True)
 class Names:
-    """See the module. `firsts` holds the first name of each run."""
+    """See the module. Never changed once it is made; a plain class, because every device makes several of them."""
 
-    runs: tuple[tuple[str, ...], ...] = ()
-    firsts: tuple[str, ...] = ()
-    count: int = 0
+    __slots__ = ("count", "firsts", "runs")
+
+    def __init__(self, runs: tuple[tuple[str, ...], ...] = (), firsts: tuple[str, ...] = (), count: int = 0) -> None:
+        self.runs = runs
+        self.firsts = firsts
+        """The first name of each run."""
+        self.count = count
 
     def _run_of(self, name: str) -> int:
         return max(0, bisect_right(self.firsts, name) - 1)
@@ -56,19 +59,23 @@ class Names:
 
     def add(self, name: str) -> Names:
         """With one more name; itself when it is there already."""
-        if not self.runs:
+        runs = self.runs
+        if not runs:
             return Names(((name,),), (name,), 1)
+        run = runs[-1]
+        if run[-1] < name:
+            # Names often come in order: that is quick, and full runs stay full.
+            if len(run) < RUN_LIMIT:
+                return Names((*runs[:-1], (*run, name)), self.firsts, self.count + 1)
+            return Names((*runs, (name,)), (*self.firsts, name), self.count + 1)
         index = self._run_of(name)
-        run = self.runs[index]
+        run = runs[index]
         at = bisect_left(run, name)
         if at < len(run) and run[at] == name:
             return self
-        if len(run) < RUN_LIMIT:
-            return self._with(index, ((*run[:at], name, *run[at:]),), 1)
-        if at == len(run):
-            # Names often come in order: then full runs stay full.
-            return self._with(index, (run, (name,)), 1)
         longer = (*run[:at], name, *run[at:])
+        if len(longer) <= RUN_LIMIT:
+            return self._with(index, (longer,), 1)
         middle = len(longer) // 2
         return self._with(index, (longer[:middle], longer[middle:]), 1)
 
