@@ -81,7 +81,7 @@ def new_device(state: State, parent: str, identifier: str, given: pb.Device, ctx
     name = f"{parent}/devices/{identifier}"
     device = pb.Device(
         name=name,
-        uid=ctx.new_uuid("device"),
+        uid=ctx.new_uuid(f"device/{identifier}"),
         identifier=identifier,
         cohort=given.cohort,
         tags=given.tags,

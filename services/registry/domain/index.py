@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 import immutables
 from groundswell.registry.v1 import registry_pb2 as pb
@@ -21,29 +21,24 @@ Key = tuple[str, str, str]
 """(collection, field, value); field and value are empty for the whole collection."""
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
-    """See the module. `firsts` holds the first name of each run."""
+class Names(NamedTuple):
+    """See the module. A named tuple, because every device makes several of them and snapshots store them."""
 
     runs: tuple[tuple[str, ...], ...] = ()
     firsts: tuple[str, ...] = ()
-    count: int = 0
+    """The first name of each run."""
+    size: int = 0
 
     def _run_of(self, name: str) -> int:
         return max(0, bisect_right(self.firsts, name) - 1)
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __contains__(self, name: object) -> bool:
-        if not isinstance(name, str) or not self.runs:
+    def has(self, name: str) -> bool:
+        """Whether it is among them."""
+        if not self.runs:
             return False
         run = self.runs[self._run_of(name)]
         at = bisect_left(run, name)
         return at < len(run) and run[at] == name
-
-    def __iter__(self) -> Iterator[str]:
-        return self.after("")
 
     def after(self, name: str) -> Iterator[str]:
         """Names greater than this one, in order."""
@@ -56,25 +51,29 @@ class Names:
 
     def add(self, name: str) -> Names:
         """With one more name; itself when it is there already."""
-        if not self.runs:
+        runs = self.runs
+        if not runs:
             return Names(((name,),), (name,), 1)
+        run = runs[-1]
+        if run[-1] < name:
+            # Names often come in order: that is quick, and full runs stay full.
+            if len(run) < RUN_LIMIT:
+                return Names((*runs[:-1], (*run, name)), self.firsts, self.size + 1)
+            return Names((*runs, (name,)), (*self.firsts, name), self.size + 1)
         index = self._run_of(name)
-        run = self.runs[index]
+        run = runs[index]
         at = bisect_left(run, name)
         if at < len(run) and run[at] == name:
             return self
-        if len(run) < RUN_LIMIT:
-            return self._with(index, ((*run[:at], name, *run[at:]),), 1)
-        if at == len(run):
-            # Names often come in order: then full runs stay full.
-            return self._with(index, (run, (name,)), 1)
         longer = (*run[:at], name, *run[at:])
+        if len(longer) <= RUN_LIMIT:
+            return self._with(index, (longer,), 1)
         middle = len(longer) // 2
         return self._with(index, (longer[:middle], longer[middle:]), 1)
 
     def remove(self, name: str) -> Names:
         """Without a name; itself when it is not there."""
-        if name not in self:
+        if not self.has(name):
             return self
         index = self._run_of(name)
         run = self.runs[index]
@@ -87,7 +86,7 @@ class Names:
         return Names(
             (*self.runs[:index], *runs, *self.runs[index + 1 :]),
             (*self.firsts[:index], *(run[0] for run in runs), *self.firsts[index + 1 :]),
-            self.count + change,
+            self.size + change,
         )
 
 
@@ -130,7 +129,7 @@ class DeviceIndex:
         names = self.names
         for key in old - new:
             left = names[key].remove(name)
-            names = names.set(key, left) if left else names.delete(key)
+            names = names.set(key, left) if left.size else names.delete(key)
         for key in new - old:
             names = names.set(key, names.get(key, EMPTY).add(name))
         return DeviceIndex(names)
@@ -140,7 +139,7 @@ class DeviceIndex:
         found = self.of((collection, "", ""))
         for path, operator, value in clauses:
             key = _key_of(collection, path, operator, value)
-            if key is not None and len(self.of(key)) < len(found):
+            if key is not None and self.of(key).size < found.size:
                 found = self.of(key)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ class World:
         self.organization = "acme"
         self.principal = OWNER
         self.events = 0
+        self.commands = 0
         self.published: list[Any] = []
         self.tasks: dict[str, Task] = {}
         self.timers: dict[str, Timer] = {}
@@ -45,10 +47,12 @@ class World:
         return False
 
     def new_uuid(self, purpose: str = "") -> str:
-        return str(uuid.uuid4())
+        # As the runtime does: the same purpose in one command gives the same id.
+        return str(uuid.uuid5(uuid.UUID(int=self.commands), purpose))
 
     def do(self, command: object, principal: str = OWNER) -> Any:
         self.principal = principal
+        self.commands += 1
         decision: Decision = self.registry.decide(self.state, command, self)
         for new in decision.events:
             self.versions[new.resource] = self.version(new.resource) + 1
@@ -96,6 +100,12 @@ class World:
             self.do(command, principal)
         assert error.value.reason == reason
         assert self.state is before
+        return error.value
+
+    def refused_view(self, read: Callable[[], object]) -> GroundswellError:
+        """Of a read that is refused."""
+        with pytest.raises(GroundswellError) as error:
+            read()
         return error.value
 
     def key(self, key_id: str, role: str, scopes: tuple[str, ...] = ("*",), principal: str = OWNER) -> str:
