@@ -94,7 +94,7 @@ async def running_site(settings: Settings) -> AsyncIterator[Site]:
 async def serving(server: RpcServer) -> None:
     """Started, and leading all partitions."""
     await server.start()
-    deadline = Deadline.after(30)
+    deadline = Deadline.after(60)
     await server._runtime.wait_ready(deadline)
     await server._runtime.wait_leading(deadline)
 
