@@ -17,6 +17,7 @@ from clients.cli.commands import (
     access,
     artifacts,
     doctor,
+    edge,
     fleet,
     imports,
     library,
@@ -76,6 +77,7 @@ library.register(app)
 releases.register(app)
 overrides.register(app)
 rollouts.register(app)
+edge.register(app)
 webhooks.register(app)
 resources.register(app)
 doctor.register(app)

@@ -72,6 +72,8 @@ REMEDIES: Final[Mapping[Code, _Of]] = {
     Code.ROLLOUT_HALTED: _call(f"{_ROLLOUT}/ResumeRollout"),
     Code.ROLLOUT_ROLLING_BACK: _call(f"{_ROLLOUT}/CreateRollout", on="new"),
     Code.ROLLOUT_ROLLED_BACK: _call(f"{_ROLLOUT}/CreateRollout", on="new"),
+    Code.ROLLOUT_KILLED: _call(f"{_ROLLOUT}/CreateRollout", on="new"),
+    Code.ROLLOUT_SUPERSEDED: _nothing,
     Code.ROLLOUT_ABORTED: _call(f"{_ROLLOUT}/CreateRollout", on="new"),
 }
 """Every code that can block."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import os
 import secrets
 import subprocess
@@ -21,6 +22,9 @@ import grpc
 import pytest
 from aiokafka import AIOKafkaProducer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from groundswell.device.v1 import device_pb2
 from groundswell.registry.v1 import registry_pb2
@@ -32,6 +36,7 @@ from demo.steps import wait_until
 from deploy.local.settings import ROOT
 from examples.own_gateway import Api, CheckInTopic, OwnGateway, SimulatedDevice, register, started_producer, update
 from tests.e2e import logs
+from tests.e2e.guide import Guide
 from tests.e2e.stack import Stack
 from tests.e2e.tenant import FACTORY_VERSION, TARGET, StageStatus, Tenant
 
@@ -239,6 +244,55 @@ async def test_records_that_are_forged_foreign_or_replayed_are_put_aside(
         await asyncio.to_thread(wait_until, "the good record to be taken", 30, taken)
 
 
+async def test_a_disabled_gateway_is_heard_no_more_until_it_is_enabled(stack: Stack, tenant: Tenant) -> None:
+    (device,) = await asyncio.to_thread(made_by_hand, tenant, "own-1")
+
+    def disable(disabled: bool) -> None:
+        image = registry_pb2.Gateway(name=f"{tenant.name}/gateways/edge", disabled=disabled)
+        mask = FieldMask(paths=["disabled"])
+        tenant.client.registry.UpdateGateway(registry_pb2.UpdateGatewayRequest(gateway=image, update_mask=mask))
+
+    async with team_of(stack, tenant, beat=False) as team:
+        gateway = team.gateway
+        await gateway.check_in(simulated(device).says())
+        await asyncio.to_thread(disable, True)
+        item = simulated(device).says()
+        claim = edge_pb2.EdgeClaimOffersRequest(
+            parent=tenant.product,
+            gateway=gateway.name,
+            items=[rollout_pb2.ClaimItem(device=device.name, device_uid=device.uid, check_in=item)],
+        )
+        # Rollout and its worker hear of it each by their own view of the registry's log.
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await team.api.call(team.api.edge.ClaimOffers, claim)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                        break
+                    raise
+        assert await refusal(team.api.call(team.api.edge.ClaimOffers, claim)) == "GATEWAY_DISABLED"
+        switch = edge_pb2.EdgeAuthorizeSwitchRequest(
+            gateway=gateway.name, device=device.name, attempt=f"{device.name}/attempts/x", check_in=item
+        )
+        assert await refusal(team.api.call(team.api.edge.AuthorizeSwitch, switch)) == "GATEWAY_DISABLED"
+        batch = device_pb2.CheckInBatch(gateway=gateway.name, organization=tenant.organization, items=[item])
+        async with asyncio.timeout(60):
+            while "KEY_DISABLED" not in (await asyncio.to_thread(dead_letters, stack, gateway.name)):
+                await gateway.topic.send(tenant.organization, batch)
+                await asyncio.sleep(0.2)
+
+        await asyncio.to_thread(disable, False)
+        late = SimulatedDevice(device.name, device.uid, registry_pb2.ReportedState(version="1.0.1"))
+        async with asyncio.timeout(60):
+            while (await asyncio.to_thread(tenant.explain, "own-1")).running.version != "1.0.1":
+                late_batch = device_pb2.CheckInBatch(
+                    gateway=gateway.name, organization=tenant.organization, items=[late.says()]
+                )
+                await gateway.topic.send(tenant.organization, late_batch)
+                await asyncio.sleep(0.2)
+
+
 async def test_calls_for_devices_that_are_not_the_gateways_own_decide_nothing(
     stack: Stack, new_tenant: Callable[..., Tenant]
 ) -> None:
@@ -288,3 +342,36 @@ async def test_calls_for_devices_that_are_not_the_gateways_own_decide_nothing(
             assert await refusal(api.call(api.edge.ClaimOffers, claim(device))) == reason
             await api.close()
         assert len((await team.api.call(ask, claim(device))).results) == 1
+
+
+def test_a_link_from_an_offer_serves_its_device_and_no_other(stack: Stack, tenant: Tenant) -> None:
+    """The same calls by hand, with `swell edge`; the bytes come from the installation's gateway."""
+    certified, other = tenant.enrolled("canary-1"), tenant.enrolled("canary-2")
+    device = simulated(tenant.devices()["canary-1"])
+    gateway = registry_pb2.Gateway(public_key=Ed25519PrivateKey.generate().public_key().public_bytes_raw())
+    tenant.client.registry.CreateGateway(
+        registry_pb2.CreateGatewayRequest(parent=tenant.name, gateway_id="edge", gateway=gateway)
+    )
+    tenant.start_rollout(tenant.bundle("1.1.0"), cohorts=[("canary", 1)])
+    supposed = releases_pb2.SupposedDevice(device=device.name, running=device.running)
+    resolve = releases_pb2.ResolveDevicesRequest(parent=tenant.product, supposed_devices=[supposed])
+    candidates = wait_until(
+        "a candidate", 30, lambda: tenant.client.releases.ResolveDevices(resolve).resolutions[0].candidates
+    )
+    shell = Guide.open("releases.md", stack, tenant)
+
+    def swell(name: str, request: Message, *command: str) -> dict[str, Any]:
+        (shell.directory / name).write_text(MessageToJson(request, preserving_proto_field_name=True))
+        return json.loads(shell.run(["swell", "--output", "json", "edge", *command, "--file", name]))
+
+    item = rollout_pb2.ClaimItem(
+        device=device.name, device_uid=device.uid, candidates=candidates, check_in=device.says()
+    )
+    claimed = swell("claims.json", edge_pb2.EdgeClaimOffersRequest(items=[item]), "claim", "edge")
+    offer = claimed["results"][0]["offer"]
+    link = offer["binaries"][0]["link"]
+    assert certified.send(b"", "GET", link).status == 307
+    refused = other.send(b"", "GET", link)
+    assert (refused.status, refused.reason) == (403, "LINK_NOT_YOURS")
+    asked = edge_pb2.EdgeAuthorizeSwitchRequest(check_in=device.says(attempt=offer["attempt"]))
+    assert swell("go.json", asked, "go", "edge", offer["attempt"])["answer"] == "ANSWER_GO"
