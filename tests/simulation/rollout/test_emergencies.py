@@ -160,7 +160,7 @@ def test_t82_grants_stay_inside_the_window_of_each_day_and_the_rollout_completes
         world.leader.now_ms += 86_400_000 - 110_000
         days += 1
         assert days < 15
-    assert 1 < days
+    assert days > 1
     expired = sum(status.expired for status in world.leader.plan("r14").stage_statuses)
     assert expired == 0, "waiting for the window is nobody's failure"
     assert device_pb2.ATTEMPT_STATE_FAILED not in {it.state for it in world.leader.state.attempts.values()}
