@@ -124,6 +124,13 @@ class Releases(releases_pb2_grpc.ReleasesInternalServiceServicer):
         await self.publish()
         return self.graph[request.name]
 
+    async def DisableManagedRelease(  # noqa: N802 - gRPC's name
+        self, request: Any, _context: Any
+    ) -> releases_pb2.Release:
+        self.graph[request.name].disabled = True
+        await self.publish()
+        return self.graph[request.name]
+
     async def publish(self) -> None:
         await self._say("releases", COHORT, releases_events.GraphChanged(cohort=COHORT, releases=self.graph.values()))
 

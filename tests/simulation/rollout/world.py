@@ -1,12 +1,14 @@
 """A simulated installation around the pure decider: releases, gateway, stream, worker and devices, all deterministic.
 
-Every event is checked as it is appended (I1, I2, I4, I7), and the state is compared with the fold of the log (I6).
+Every event is checked as it is appended (I1, I2, I3, I4, I7, rates, windows, retry budgets), and the state is compared
+with the fold of the log (I6).
 """
 
 from __future__ import annotations
 
 import random
 import uuid
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from google.protobuf.duration_pb2 import Duration
@@ -33,12 +35,16 @@ from services.rollout.domain import (
 )
 from services.rollout.domain import stages as stage_rules
 from services.rollout.domain.state import FORWARD
+from services.rollout.domain.summary import burst_of
+from services.rollout.domain.windows import closed_for_ms
 
 PRODUCT = "organizations/acme/products/thermostat"
 GATEWAY = "organizations/platform/gateways/g1"
 START_MS = 1_700_000_000_000
 Rollout = rollout_pb2.Rollout
 Status = rollout_pb2.StageStatus
+FAILURES = (device_pb2.ATTEMPT_STATE_FAILED, device_pb2.ATTEMPT_STATE_REVERTED)
+GOES_BACK = (Rollout.STATE_ROLLING_BACK, Rollout.STATE_ROLLED_BACK)
 
 
 def cohort(name: str) -> str:
@@ -91,6 +97,10 @@ class Leader:
         self.timers: dict[str, object] = {}
         self.public: list[tuple[str, Message]] = []
         self.confirmed_floor: dict[str, int] = {}
+        self.failures: Counter[tuple[str, str]] = Counter()
+        """By device and rollout, recounted from the log."""
+        self.granted_ms: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+        """Moments of forward grants, by rollout and stage."""
         self.sizes: list[int] = []
 
     def do(self, command: object, organization: str = "acme") -> Message | None:
@@ -139,6 +149,12 @@ class Leader:
             self.confirmed_floor[attempt.device] = max(
                 self.confirmed_floor.get(attempt.device, 0), attempt.security_version
             )
+        if isinstance(it, events_pb2.AttemptMoved) and it.state != it.previous and it.state in FAILURES:
+            moved = self.state.attempts[it.attempt]
+            if moved.kind == FORWARD:
+                self.failures[moved.device, moved.rollout] += 1
+        if isinstance(it, events_pb2.GoGiven):
+            self._check_go(before, it)
         if not isinstance(it, events_pb2.AttemptGranted):
             return
         attempt = it.attempt
@@ -152,6 +168,29 @@ class Leader:
             if attempt.kind == FORWARD:
                 assert attempt.stage <= plan.control.current_stage, "I2"
                 assert plan.control.state == Rollout.STATE_RUNNING, "I3"
+                assert self.failures[attempt.device, attempt.rollout] <= plan.control.retries, "T79"
+                self._check_rate(attempt, stage.max_grants_per_minute)
+            else:
+                assert plan.control.state in GOES_BACK, "I3"
+        self._check_window(before, attempt.device, attempt.rollout)
+
+    def _check_go(self, before: State, it: events_pb2.GoGiven) -> None:
+        attempt = before.attempts[it.attempt]
+        if attempt.rollout:
+            state = before.rollouts[attempt.rollout].control.state
+            assert state == Rollout.STATE_RUNNING if attempt.kind == FORWARD else state in GOES_BACK, "I3"
+        self._check_window(before, attempt.device, attempt.rollout)
+
+    def _check_window(self, before: State, device: str, rollout: str) -> None:
+        product = before.products.get(device.partition("/devices/")[0])
+        expedited = bool(rollout) and before.rollouts[rollout].control.expedited
+        assert expedited or product is None or not closed_for_ms(product.window, self.now_ms), "outside the window"
+
+    def _check_rate(self, attempt: rollout_pb2.Attempt, rate: int) -> None:
+        moments = self.granted_ms[attempt.rollout, attempt.stage]
+        moments.append(self.now_ms)
+        within = [at for at in moments if at > self.now_ms - 60_000]
+        assert not rate or len(within) <= rate + burst_of(rate), "more grants than the rate"
 
     def replay(self) -> None:
         """Drop the state and fold the log again, as a new leader does (I6)."""
