@@ -181,6 +181,9 @@ class Demo:
         secrets_file.write_text(
             json.dumps({"secret": created["secret"]["secret"], "public_key": endpoint["public_key"]})
         )
+        # It was asked before it knew its secret; now it can answer.
+        verified = self.operator("webhook", "verify", "receiver")
+        self.journal.check("the receiver says that it is meant", verified["state"] == "STATE_ACTIVE", verified["state"])
         self.webhooks_since_ms = int(time.time() * 1000)
 
     @property

@@ -53,6 +53,8 @@ def make_app(secrets: Path, journal: Path) -> web.Application:
 
     async def receive(request: web.Request) -> web.Response:
         body = await request.read()
+        if not secrets.exists():
+            return web.Response(status=503)  # asked whether it wants webhooks before it was told how they are signed
         known = json.loads(secrets.read_text())
         line: dict[str, Any] = {"webhook_id": request.headers.get("webhook-id", "")}
         try:
@@ -66,6 +68,8 @@ def make_app(secrets: Path, journal: Path) -> web.Application:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if status == 204 and event["type"] == "webhook.test_fire":
+            return web.json_response({"challenge": event["data"]["challenge"]})
         return web.Response(status=status)
 
     app = web.Application(client_max_size=128 * 1024)

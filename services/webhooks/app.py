@@ -13,13 +13,15 @@ from libs.eventlog.ports import EventLog, LogError, TopicPartition
 from libs.keystore import DirectoryKeyStore
 from libs.rpc import AccessDirectory, RpcServer, channel, service_runtime
 from libs.settings import Settings
-from services.webhooks.domain import Place, State, Webhooks
-from services.webhooks.policy import UrlPolicy
+from services.webhooks.domain import Webhooks
+from services.webhooks.model import VERIFY, Place, State
+from services.webhooks.policy import UrlPolicy, own_hosts
 from services.webhooks.sender import Sender
-from services.webhooks.service import Starts, WebhooksServicer
+from services.webhooks.service import Parts, Starts, WebhooksServicer
 from services.webhooks.signing import Signer
 from services.webhooks.source import places_of
 from services.webhooks.transport import HttpsTransport
+from services.webhooks.verify import Verifier
 
 
 class WebhooksApp:
@@ -64,15 +66,16 @@ def starts_function(log: EventLog, settings: Settings) -> Starts:
 async def build(settings: Settings, *, log: EventLog | None = None) -> WebhooksApp:
     """The webhooks service, ready to start."""
     event_log = log or KafkaLog(settings.kafka)
-    policy = UrlPolicy.parse(settings.webhook_allow)
+    policy = UrlPolicy.parse(settings.webhook_allow, own_hosts(settings))
     signer = Signer(DirectoryKeyStore(settings.keystore_dir))
-    domain = Webhooks(lambda name, uid: signer.keys(name, uid).public_key)
-    runtime: Runtime[State] = service_runtime(domain, event_log, settings)
     transport = HttpsTransport(policy, wall_clock_ms)
+    verifier = Verifier(transport, signer, f"groundswell.{settings.deployment}", wall_clock_ms)
+    domain = Webhooks(lambda name, uid, generation: signer.keys(name, uid, generation).public_key)
+    runtime: Runtime[State] = service_runtime(domain, event_log, settings, {VERIFY: verifier.task})
     sender = Sender(runtime, event_log, settings.env, transport, signer, wall_clock_ms)
     registry = registry_pb2_grpc.RegistryInternalServiceStub(channel(settings, "registry", identity="webhooks"))
     directory = AccessDirectory(event_log, settings, registry)
-    servicer = WebhooksServicer(runtime, policy, signer, starts_function(event_log, settings), sender.recent)
+    servicer = WebhooksServicer(Parts(runtime, policy, signer, verifier, starts_function(event_log, settings)))
     server = RpcServer(
         settings,
         "webhooks",

@@ -1,7 +1,9 @@
-"""Every event type that can be delivered, and the matching of types by an endpoint's filters.
+"""Every event type that can be delivered, and the matching of events by an endpoint's filters.
 
-A type is the ``change`` of a public record. Types that begin with ``webhook.`` speak of endpoints and are never
-delivered: a failing endpoint must not cause events that cause deliveries.
+A type is the ``change`` of a public record. Types that begin with ``webhook.`` speak of endpoints; they go only to
+endpoints whose filter names them, and never to the endpoint that they speak of: a failing endpoint must not cause
+events that cause deliveries to itself. A type that is missing here is delivered all the same (to endpoints that take
+all, or its prefix), under a general description and schema.
 """
 
 from __future__ import annotations
@@ -10,10 +12,15 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
+from groundswell.webhooks.v1 import webhooks_pb2 as pb
+
 from libs.errors import InvalidArgumentError
+from services.webhooks import scope
+from services.webhooks.render import WebhookEvent
 
 OWN_PREFIX: Final = "webhook."
 MAX_FILTERS: Final = 100
+MAX_REMEMBERED: Final = 1_000
 _FILTER: Final = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*(\.\*)?\Z")
 
 EVENT_TYPES: Final[dict[str, str]] = {
@@ -95,32 +102,83 @@ EVENT_TYPES: Final[dict[str, str]] = {
     "rollout.updated": "A rollout changed.",
     "signing_key.created": "A signing key was registered.",
     "signing_key.revoked": "A signing key was revoked.",
+    "webhook.endpoint.created": "A webhook endpoint was created.",
+    "webhook.endpoint.degraded": "Some deliveries in a row to a webhook endpoint failed.",
+    "webhook.endpoint.deleted": "A webhook endpoint was deleted.",
+    "webhook.endpoint.disabled": "A webhook endpoint was disabled: by an operator, by 410, or after long failure.",
+    "webhook.endpoint.opened": "A webhook endpoint fails: its breaker is open and lets single probes through.",
+    "webhook.endpoint.recovered": "A webhook endpoint answers again.",
+    "webhook.endpoint.secret_rotated": "A webhook endpoint has a new secret and key pair; the event holds no secret.",
+    "webhook.endpoint.updated": "A webhook endpoint changed.",
+    "webhook.endpoint.verified": "A webhook endpoint's receiver proved that it wants the deliveries.",
+    "webhook.test_fire": "Sent to verify an endpoint, and by hand, to that endpoint alone whatever its filter.",
 }
+SINCE: Final[dict[str, str]] = {}
+"""Release that first sent a type, where that is not the first release."""
+FIRST_RELEASE: Final = "0.1.0"
+TEST_FIRE: Final = "webhook.test_fire"
+
+
+def description_of(event_type: str) -> str:
+    """For people; a general one for a type that the catalogue does not describe."""
+    known = EVENT_TYPES.get(event_type)
+    if known is not None:
+        return known
+    noun, _, verb = event_type.partition(".")
+    return f"Something happened to a {noun.replace('_', ' ')}: {verb.replace('_', ' ').replace('.', ' ')}."
+
+
+def since(event_type: str) -> str:
+    """Release that first sent it; empty for a type that the catalogue does not describe."""
+    return SINCE.get(event_type, FIRST_RELEASE) if event_type in EVENT_TYPES else ""
 
 
 def matches(filters: Sequence[str], event_type: str) -> bool:
-    """Whether an endpoint with these filters receives the type. No filter means all."""
-    if not event_type or event_type.startswith(OWN_PREFIX):
+    """Whether an endpoint with these filters receives the type. No filter means all but those about endpoints."""
+    if not event_type or event_type == TEST_FIRE:
         return False
     if not filters:
-        return True
+        return not event_type.startswith(OWN_PREFIX)
     return any(event_type.startswith(one[:-1]) if one.endswith(".*") else event_type == one for one in filters)
 
 
-def check_filters(filters: Sequence[str]) -> None:
+class Filter:
+    """All filters of an endpoint at once: type and product and cohort. Remembers types, because there are few."""
+
+    def __init__(self, image: pb.WebhookEndpoint) -> None:
+        self._name = image.name
+        self._types = tuple(image.event_types)
+        self._products = frozenset(image.products)
+        self._cohorts = frozenset(image.cohorts)
+        self._known: dict[str, bool] = {}
+
+    def __call__(self, event: WebhookEvent) -> bool:
+        """Whether the endpoint receives the event."""
+        kind = event.event_type
+        wanted = self._known.get(kind)
+        if wanted is None:
+            wanted = matches(self._types, kind)
+            if len(self._known) < MAX_REMEMBERED:
+                self._known[kind] = wanted
+        if not wanted or event.resource == self._name:
+            return False
+        if self._products and scope.product(event.resource) not in self._products:
+            return False
+        return not self._cohorts or not self._cohorts.isdisjoint(scope.cohorts(event.resource, event.payload))
+
+
+def check_filters(filters: Sequence[str], field: str = "webhook_endpoint.event_types") -> None:
     """Refuse filters that could never match: a typing error would mean silence. Raises INVALID_FIELD."""
     if len(filters) > MAX_FILTERS:
-        raise _refuse(f"must have at most {MAX_FILTERS} entries", "")
+        raise _refuse(f"must have at most {MAX_FILTERS} entries", "", field)
     for one in filters:
         if not _FILTER.match(one):
             raise _refuse(
-                "takes event types such as 'rollout.halted' or 'rollout.*'; none at all means every type", one
+                "takes event types such as 'rollout.halted' or 'rollout.*'; none at all means every type", one, field
             )
         if not any(matches((one,), known) for known in EVENT_TYPES):
-            raise _refuse("names no event type of the catalogue (see ListEventTypes)", one)
+            raise _refuse("names no event type of the catalogue (see ListEventTypes)", one, field)
 
 
-def _refuse(what: str, value: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        "INVALID_FIELD", f"event_types {what}", field="webhook_endpoint.event_types", value=value[:200]
-    )
+def _refuse(what: str, value: str, field: str) -> InvalidArgumentError:
+    return InvalidArgumentError("INVALID_FIELD", f"event_types {what}", field=field, value=value[:200])

@@ -8,6 +8,7 @@ written out, and an address that embeds another one is judged by both.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass
 from typing import Final
@@ -15,9 +16,14 @@ from typing import Final
 from yarl import URL
 
 from libs.errors import InvalidArgumentError
+from libs.settings import Settings
 
 MAX_URL: Final = 1_028
+_HOST: Final = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9])?\Z")
 PORTS: Final = frozenset({443, 8443})
+LOCAL_NAMES: Final = frozenset({"localhost", "localdomain", "local", "internal", "home.arpa"})
+"""Names that mean another host wherever they are asked, and cloud metadata services among them."""
+SERVICES: Final = ("registry", "pki", "artifacts", "releases", "rollout", "webhooks")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _DENIED_V4: Final = tuple(
@@ -107,9 +113,11 @@ class UrlPolicy:
     """Rules for URLs, with the operator's exceptions: exact ``host:port`` pairs."""
 
     exceptions: frozenset[str] = frozenset()
+    own_hosts: frozenset[str] = frozenset()
+    """Names of our own, refused with all names below them."""
 
     @staticmethod
-    def parse(setting: str) -> UrlPolicy:
+    def parse(setting: str, own: frozenset[str] = frozenset()) -> UrlPolicy:
         """From the comma list of ``GROUNDSWELL_WEBHOOK_ALLOW``."""
         found = set()
         for item in (part.strip().lower() for part in setting.split(",") if part.strip()):
@@ -117,7 +125,7 @@ class UrlPolicy:
             if not host or not port.isdigit() or "*" in host:
                 raise ValueError(f"GROUNDSWELL_WEBHOOK_ALLOW takes exact host:port pairs, not '{item}'")
             found.add(f"{host.strip('[]')}:{int(port)}")
-        return UrlPolicy(frozenset(found))
+        return UrlPolicy(frozenset(found), own)
 
     def is_exception(self, url: URL) -> bool:
         """Whether the operator has named exactly this host and port."""
@@ -136,22 +144,58 @@ class UrlPolicy:
             raise _refuse("is not a URL") from None
         if url.scheme != "https" or not host:
             raise _refuse("must be an absolute https URL")
-        if url.raw_user is not None or url.raw_password is not None or "@" in url.raw_authority:
+        if url.raw_user is not None or url.raw_password is not None or "@" in _authority(text):
             raise _refuse("must not hold a user name or password")
         if url.raw_fragment:
             raise _refuse("must not hold a fragment")
         if not self.is_exception(url):
             if port not in PORTS:
                 raise _refuse("must use port 443 or 8443")
+            self._check_name(host)
             _check_literal(host)
         normal = str(url.with_fragment(None))
         if len(normal) > MAX_URL:
             raise _refuse(f"must have at most {MAX_URL} characters in its normal form")
         return normal
 
+    def _check_name(self, host: str) -> None:
+        """Only names that anybody may ask for. A final dot names the same host."""
+        name = host.lower().rstrip(".")
+        if ":" not in host and not _HOST.match(name):
+            raise _refuse("names no host")
+        for own in self.own_hosts | LOCAL_NAMES:
+            if name == own or name.endswith(f".{own}"):
+                raise _refuse("names a host of this installation")
+
+
+def _authority(text: str) -> str:
+    """Host, port and all before them, as they were typed: an empty user name is one, too."""
+    return text.partition("://")[2].partition("/")[0].partition("?")[0]
+
+
+def own_hosts(settings: Settings) -> frozenset[str]:
+    """The names in the addresses that this installation's parts have; literal addresses are judged as such."""
+    addresses = [
+        *(settings.address(service, port) for service in SERVICES for port in ("internal", "public")),
+        settings.gateway_listen,
+        *settings.kafka.split(","),
+        *(URL(each).authority for each in (settings.redis, settings.s3_endpoint, settings.s3_public_endpoint)),
+    ]
+    hosts = {address.rpartition("@")[2].rpartition(":")[0].strip("[]").lower() for address in addresses}
+    return frozenset(host for host in {*hosts, settings.gateway_domain.lower()} if host and not _is_address(host))
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
 
 def _check_literal(host: str) -> None:
     """A literal address can be judged at once; forms that only some resolvers read as one are not accepted at all."""
+    host = host.rstrip(".")
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -7,6 +7,7 @@ must never change; another rendering gets another number. A record of a type tha
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -18,38 +19,37 @@ from groundswell.pki.v1 import events_pb2 as pki_events
 from groundswell.registry.v1 import events_pb2 as registry_events
 from groundswell.releases.v1 import events_pb2 as releases_events
 from groundswell.rollout.v1 import events_pb2 as rollout_events
+from groundswell.webhooks.v1 import events_pb2 as webhooks_events
 
-from libs.eventlog.codec import read_envelope, types_by_name
+from libs.eventlog.codec import read_envelope
 from libs.eventlog.ports import Record
+from services.webhooks import scope
 
-VERSION: Final = 1
 MAX_BODY: Final = 64 * 1024
-SOURCES: Final = ("registry", "pki", "artifacts", "releases", "rollout")
-_SECRET_FIELDS: Final = frozenset({"secretSha256", "previousSecretSha256"})
+SOURCES: Final = ("registry", "pki", "artifacts", "releases", "rollout", "webhooks")
+SECRET_FIELDS: Final = frozenset({"secretSha256", "previousSecretSha256"})
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-TYPES: Final[dict[str, type[Message]]] = types_by_name(
-    (
-        registry_events.OrganizationChanged,
-        registry_events.ProductChanged,
-        registry_events.CohortChanged,
-        registry_events.DeviceChanged,
-        registry_events.MemberChanged,
-        registry_events.ApiKeyChanged,
-        registry_events.GatewayChanged,
-        registry_events.RoleChanged,
-        pki_events.CaCertificateChanged,
-        pki_events.DeviceCertificateChanged,
-        pki_events.IssuingCaChanged,
-        artifacts_events.SigningKeyChanged,
-        artifacts_events.BundleChanged,
-        releases_events.GraphChanged,
-        releases_events.BundleOverrideChanged,
-        rollout_events.RolloutChanged,
-        rollout_events.AttemptChanged,
-        rollout_events.DeviceReported,
-    )
+_EVENTS: Final = (
+    registry_events,
+    pki_events,
+    artifacts_events,
+    releases_events,
+    rollout_events,
+    webhooks_events,
 )
+
+
+def _public_types() -> dict[str, type[Message]]:
+    """Record types with a ``change``, found in the contracts themselves: a new one needs no entry here."""
+    found: dict[str, type[Message]] = {}
+    for module in _EVENTS:
+        for name, descriptor in module.DESCRIPTOR.message_types_by_name.items():
+            if "change" in descriptor.fields_by_name and not name.endswith("Saved"):
+                found[descriptor.full_name] = getattr(module, name)
+    return found
+
+
+TYPES: Final = _public_types()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +84,43 @@ def read_event(record: Record) -> WebhookEvent | None:
     )
 
 
-def render(event: WebhookEvent) -> bytes:
-    """Version 1: compact JSON, sorted keys. Above the size limit without ``data``: then read the resource."""
-    document = {
+def render(event: WebhookEvent, version: int = 0) -> bytes:
+    """The body in a version; 0 means that of endpoints from before there were several."""
+    return PAYLOAD_VERSIONS[version or 1](event)
+
+
+def _version_1(event: WebhookEvent) -> bytes:
+    """Compact JSON, sorted keys. Above the size limit without ``data``: then read the resource."""
+    return _bounded(_document(event), event)
+
+
+def _version_2(event: WebhookEvent) -> bytes:
+    """As version 1, and says what it is about without the need to take names apart."""
+    more = {
+        "version": 2,
+        "product": scope.product(event.resource),
+        "cohorts": sorted(scope.cohorts(event.resource, event.payload))[:100],
+    }
+    return _bounded(_document(event) | more, event)
+
+
+PAYLOAD_VERSIONS: Final[dict[int, Callable[[WebhookEvent], bytes]]] = {1: _version_1, 2: _version_2}
+"""Each is pinned by endpoints and never changes; another rendering gets another number."""
+
+
+def _document(event: WebhookEvent) -> dict[str, Any]:
+    return {
         "type": event.event_type,
         "timestamp": timestamp(event.occurred_at_ms),
         "event_id": event.event_id,
         "organization": event.organization,
         "resource": event.resource,
-        "data": _data(event.payload),
     }
-    body = _encode(document)
-    if len(body) <= MAX_BODY:
-        return body
-    del document["data"]
-    return _encode(document | {"data_omitted": True})
+
+
+def _bounded(document: dict[str, Any], event: WebhookEvent) -> bytes:
+    body = encode(document | {"data": _data(event.payload)})
+    return body if len(body) <= MAX_BODY else encode(document | {"data_omitted": True})
 
 
 def timestamp(at_ms: int) -> str:
@@ -114,11 +136,12 @@ def _data(payload: Message) -> Any:
 
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_secrets(item) for key, item in value.items() if key not in _SECRET_FIELDS}
+        return {key: _without_secrets(item) for key, item in value.items() if key not in SECRET_FIELDS}
     if isinstance(value, list):
         return [_without_secrets(item) for item in value]
     return value
 
 
-def _encode(document: dict[str, Any]) -> bytes:
+def encode(document: dict[str, Any]) -> bytes:
+    """Compact JSON, sorted keys."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

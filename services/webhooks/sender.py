@@ -1,7 +1,7 @@
 """Sends what is due, for the partitions that this process leads.
 
-For each led partition: the source feeds pumps, the dispatcher takes deliveries from them in turn, one at a time, and a
-recorder tells the log what became of them, many at once. Everything in memory is disposable: whenever recording
+For each led partition: the source feeds pumps, the dispatcher takes deliveries from them in turn, one at a time, and
+a recorder tells the log what became of them, many at once. Everything in memory is disposable: whenever recording
 fails, or the log does, the partition starts anew from what is recorded, and repeats deliveries under the same ids.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from groundswell.webhooks.v1 import webhooks_pb2 as pb
@@ -21,9 +23,11 @@ from libs.eventlog.config import Health
 from libs.eventlog.model import Committed, Snapshot
 from libs.eventlog.ports import EventLog, LogError
 from libs.names import organization_of
-from services.webhooks.domain import RecordDeliveries, State
-from services.webhooks.pump import Item, Pump
+from services.webhooks.lane import Item
+from services.webhooks.model import Endpoint, RecordDeliveries, RecordReplay, State
+from services.webhooks.pump import Pump
 from services.webhooks.render import WebhookEvent, render
+from services.webhooks.replay_feed import ReplayFeed
 from services.webhooks.signing import Signer
 from services.webhooks.source import EventSource, places_of
 from services.webhooks.transport import Outcome, Target, Transport
@@ -77,6 +81,7 @@ class PartitionSender:
         self._ready: deque[Pump] = deque()
         self._queued: set[Pump] = set()
         self._timers: dict[Pump, asyncio.TimerHandle] = {}
+        self._replays: dict[str, asyncio.Task[None]] = {}
         self._work = asyncio.Event()
         self._attempts: set[asyncio.Task[None]] = set()
         self._dirty: set[Pump] = set()
@@ -95,9 +100,10 @@ class PartitionSender:
         finally:
             for timer in self._timers.values():
                 timer.cancel()
-            for attempt in self._attempts:
-                attempt.cancel()
-            await asyncio.gather(*self._attempts, return_exceptions=True)
+            under_way = [*self._attempts, *self._replays.values()]
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
 
     async def drain(self) -> None:
         """Begin nothing new, let attempts end that soon will, and record what they came to."""
@@ -121,20 +127,54 @@ class PartitionSender:
         self._known = state.endpoints
         for name, endpoint in state.endpoints.items():
             pump = self.pumps.get(name)
-            if pump is not None and pump.image.uid == endpoint.image.uid:
-                if pump.image is not endpoint.image:
-                    pump.update(endpoint.image)
-                    self._touch(pump)
-                    self._poke(pump)
-                continue
-            if pump is not None:
+            if pump is not None and (pump.image.uid != endpoint.image.uid or _numbered_anew(pump, endpoint)):
                 self._forget(pump)
-            keys = self._signer.keys(name, endpoint.image.uid)
-            pump = self.pumps[name] = Pump(endpoint, keys, self._places)
-            self.source.add(pump)
-            self._poke(pump)
+                pump = None
+            if pump is None:
+                pump = self.pumps[name] = Pump(endpoint, self._signer.ring(endpoint.image), self._places)
+                self.source.add(pump)
+                self._poke(pump)
+            elif pump.image is not endpoint.image:
+                pump.update(endpoint, self._signer.ring(endpoint.image))
+                self._touch(pump)
+                self._poke(pump)
+            pump.known_health = endpoint.health
+            if endpoint.replays or pump.feeds:
+                self._synchronize_replays(pump, endpoint)
         for name in [name for name in self.pumps if name not in state.endpoints]:
             self._forget(self.pumps[name])
+
+    def _synchronize_replays(self, pump: Pump, endpoint: Endpoint) -> None:
+        running = {each.name for each in endpoint.replays.values() if each.state == pb.Replay.STATE_RUNNING}
+        for name in pump.feeds.keys() - running:
+            del pump.feeds[name]
+        for name in sorted(running - pump.feeds.keys()):
+            feed = pump.feeds[name] = ReplayFeed(endpoint, endpoint.replays[name])
+            reading = asyncio.create_task(self._replay(pump, feed))
+            self._replays[name] = reading
+            reading.add_done_callback(self._replay_ended)
+
+    async def _replay(self, pump: Pump, feed: ReplayFeed) -> None:
+        """Read a replay's range, as fast as its deliveries go out, until it ends or is cancelled."""
+        while pump.feeds.get(feed.name) is feed and self.pumps.get(pump.image.name) is pump:
+            if not feed.unread():
+                self._touch(pump)  # perhaps nothing was found: then nobody else says that it has ended
+                return
+            if pump.active and feed.has_room:
+                try:
+                    await self.source.read_replay(pump, feed)
+                except LogError as error:
+                    logger.warning("%s cannot be read now: %s", feed.name, error)
+                    await asyncio.sleep(RESTART_S)
+                self._touch(pump)
+                self._poke(pump)
+            await asyncio.sleep(WATCH_EVERY_S)
+
+    def _replay_ended(self, reading: asyncio.Task[None]) -> None:
+        for name in [name for name, task in self._replays.items() if task is reading]:
+            del self._replays[name]
+        if not reading.cancelled() and reading.exception() is not None:
+            logger.error("a replay died", exc_info=reading.exception())
 
     def _forget(self, pump: Pump) -> None:
         self.source.remove(pump)
@@ -190,7 +230,7 @@ class PartitionSender:
         timer = self._timers.pop(pump, None)
         if timer is not None:
             timer.cancel()
-        at_ms = pump.wake_at_ms()
+        at_ms = pump.wake_at_ms(self._now_ms())
         if at_ms is not None:
             # Bounded, because the wall clock may be set while the loop's clock runs on.
             wait_s = min(max(0.005, (at_ms - self._now_ms()) / 1000), 60.0)
@@ -223,21 +263,28 @@ class PartitionSender:
         self._poke(pump)
 
     async def _post(self, pump: Pump, item: Item, event: WebhookEvent) -> Outcome:
+        began = time.perf_counter()
         try:
-            return await self._send(pump, item, render(event))
+            outcome = await self._send(pump, item, render(event, pump.image.payload_version))
         except Exception:
             # A bug of ours that one event or endpoint meets must hold up neither the others nor the cursor for ever.
             logger.exception("delivery %s of %s failed inside", item.webhook_id, pump.image.name)
-            return Outcome(error="INTERNAL_ERROR: the delivery could not be made; the server's log says why")
+            outcome = Outcome(error="INTERNAL_ERROR: the delivery could not be made; the server's log says why")
+        return replace(outcome, duration_ms=round((time.perf_counter() - began) * 1000))
 
     async def _send(self, pump: Pump, item: Item, body: bytes) -> Outcome:
-        timestamp_s = self._now_ms() // 1000
+        now_ms = self._now_ms()
         headers = {
             "content-type": "application/json",
             "webhook-id": item.webhook_id,
-            "webhook-timestamp": str(timestamp_s),
-            "webhook-signature": pump.keys.signature(item.webhook_id, timestamp_s, body),
+            "webhook-timestamp": str(now_ms // 1000),
+            "webhook-signature": pump.keys.signature(item.webhook_id, now_ms, body),
         }
+        if item.sequence:
+            headers["webhook-sequence"] = str(item.sequence)
+            headers["webhook-sequence-key"] = f"{item.place[0]}:{item.order_key}"
+        if item.replay:
+            headers["webhook-replay"] = item.replay
         return await self._transport.post(Target(pump.image.url, pump.image.ca_pem), headers, body)
 
     # Recording.
@@ -263,16 +310,29 @@ class PartitionSender:
         self._unrecorded = 0
         commands: list[Command] = []
         for pump in self._dirty:
+            name = pump.image.name
             moves, gone = pump.collect()
-            if moves or gone:
-                name = pump.image.name
-                payload = RecordDeliveries(name, pump.image.uid, moves, gone)
+            if moves or (gone and pump.image.state == pb.WebhookEndpoint.STATE_ACTIVE) or pump.health_is_news:
+                payload: object = RecordDeliveries(name, pump.image.uid, moves, gone, pump.health)
                 commands.append(Command(organization_of(name), payload, principal="webhooks"))
+            moved = filter(None, [feed.collect() for feed in pump.feeds.values()])
+            commands.extend(Command(organization_of(name), RecordReplay(each), principal="webhooks") for each in moved)
         self._dirty.clear()
         deadline = Deadline.after(SUBMIT_S)
         async with asyncio.TaskGroup() as group:
             for command in commands:
                 group.create_task(self._leader.submit(command, deadline))
+
+
+def _numbered_anew(pump: Pump, endpoint: Endpoint) -> bool:
+    """Strict order was chosen, or what it counts changed: a pump counts from one beginning only."""
+    if endpoint.strict != pump.strict:
+        return True
+    return endpoint.strict and any(
+        stream.numbered_from != pump.lanes[place].numbered_from
+        for place, stream in endpoint.streams.items()
+        if place in pump.lanes
+    )
 
 
 class Sender:
@@ -313,14 +373,6 @@ class Sender:
         for task in [task for _, task in self._senders.values()]:
             task.cancel()
         await asyncio.gather(*(task for _, task in self._senders.values()), return_exceptions=True)
-
-    def recent(self, endpoint: str) -> Sequence[pb.Delivery]:
-        """Deliveries of an endpoint that succeeded lately, as far as this process made them."""
-        for sender, _ in self._senders.values():
-            pump = sender.pumps.get(endpoint)
-            if pump is not None:
-                return tuple(pump.recent)
-        return ()
 
     async def _supervise(self) -> None:
         while True:

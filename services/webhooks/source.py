@@ -1,8 +1,8 @@
 """Reads the public topics of one partition and gives every record to the pumps of its organization.
 
-One reader feeds all endpoints that keep up. A pump that is full is detached and reads on later by itself (a catch-up),
-up to where the reader stands; so an endpoint that is down, slow or far behind costs the others nothing. Whoever is
-attached has been offered everything below the reader's positions.
+One reader feeds all endpoints that keep up. A pump that is full is detached and reads on later by itself (a
+catch-up), up to where the reader stands; so an endpoint that is down, slow or far behind costs the others nothing.
+Whoever is attached has been offered everything below the reader's positions.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Final
 from libs.eventlog.config import public_topic
 from libs.eventlog.ports import EventLog, Record, Tail, TopicPartition
 from libs.names import organization_of
-from services.webhooks.domain import Place
+from services.webhooks.model import Place
 from services.webhooks.pump import Pump
 from services.webhooks.render import SOURCES, WebhookEvent, read_event
+from services.webhooks.replay_feed import ReplayFeed
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,23 @@ class EventSource:
                             self.remember(place, position, event)
                             return event
                 return None
+            finally:
+                await tail.close()
+
+    async def read_replay(self, pump: Pump, feed: ReplayFeed) -> None:
+        """The next piece of a replay: until it has enough to send. Few read at a time, and none for long."""
+        async with self._reading_again:
+            positions = feed.unread()
+            tail = await self._log.open_tail({TopicPartition(*place): at for place, at in positions.items()})
+            try:
+                while feed.has_room and feed.unread():
+                    wanted = pump.failed_keys if feed.replay.only_failed else None
+                    for record in await tail.fetch(1.0):
+                        event = read_event(record)
+                        if event is None or event.organization == organization_of(feed.name):
+                            feed.offer((record.topic, record.partition), record.position, event, wanted)
+                    for place in positions:
+                        feed.advance(place, tail.position(TopicPartition(*place)) - 1)
             finally:
                 await tail.close()
 

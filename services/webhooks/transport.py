@@ -1,8 +1,8 @@
 """One attempt of a delivery over HTTPS, with every limit that a foreign server calls for.
 
-The guard is asked for a socket for each *resolved* address of each connection, so neither a literal address, nor a name
-that is answered differently each time, nor a redirect (none is followed) reaches an address that the policy denies.
-An operator's exception is an exact host and port; those alone use the connector without a guard.
+The guard is asked for a socket for each *resolved* address of each connection, so neither a literal address, nor a
+name that is answered differently each time, nor a redirect (none is followed) reaches an address that the policy
+denies. An operator's exception is an exact host and port; those alone use the connector without a guard.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import aiohttp
@@ -50,6 +50,11 @@ class Outcome:
     retry_after_s: float | None = None
     throttled: bool = False
     """Overload: 429, a gateway's time-out, or no answer in time."""
+    body: bytes = field(default=b"", compare=False)
+    """Beginning of the answer, at most 16 KiB."""
+    duration_ms: int = field(default=0, compare=False)
+    allowed_origin: str = field(default="", compare=False)
+    """``WebHook-Allowed-Origin`` of an answer to OPTIONS."""
 
     @property
     def succeeded(self) -> bool:
@@ -66,6 +71,8 @@ class Transport(Protocol):
     """Sends one request; never raises for what the other side does."""
 
     async def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> Outcome: ...
+
+    async def options(self, target: Target, headers: Mapping[str, str]) -> Outcome: ...
 
 
 def guarded_socket(addr_info: tuple[Any, Any, Any, Any, Any]) -> socket.socket:
@@ -109,6 +116,13 @@ class HttpsTransport:
 
     async def post(self, target: Target, headers: Mapping[str, str], body: bytes) -> Outcome:
         """One attempt, to its end or its time-out."""
+        return await self._request("POST", target, headers, body)
+
+    async def options(self, target: Target, headers: Mapping[str, str]) -> Outcome:
+        """The question whether webhooks are wanted, after CloudEvents."""
+        return await self._request("OPTIONS", target, headers, None)
+
+    async def _request(self, method: str, target: Target, headers: Mapping[str, str], body: bytes | None) -> Outcome:
         if self._guarded is None or self._excepted is None:
             raise RuntimeError("the transport has not been started")
         url = URL(target.url)
@@ -118,14 +132,15 @@ class HttpsTransport:
         session = self._excepted if excepted else self._guarded
         try:
             context = tls_context(target.ca_pem)
-            async with session.post(
-                url, data=body, headers=headers, ssl=context, allow_redirects=False, max_redirects=0
+            async with session.request(
+                method, url, data=body, headers=headers, ssl=context, allow_redirects=False, max_redirects=0
             ) as response:
                 # Read a little, so that the connection can be used again; never more than that.
-                await response.content.read(MAX_RESPONSE)
+                said = await _beginning(response.content)
                 if not response.content.at_eof():
                     response.close()
-                return self._judge(response)
+                allowed = response.headers.get("webhook-allowed-origin", "")[:300]
+                return replace(self._judge(response), body=said, allowed_origin=allowed)
         except TimeoutError:
             return Outcome(error=f"TIMEOUT: no answer within {TOTAL_S:.0f} s", throttled=True)
         except ssl.SSLError as error:
@@ -153,6 +168,14 @@ class HttpsTransport:
             auto_decompress=False,
             trust_env=False,
         )
+
+
+async def _beginning(content: aiohttp.StreamReader) -> bytes:
+    """At most the limit, also when it comes in pieces."""
+    said = b""
+    while len(said) < MAX_RESPONSE and not content.at_eof():
+        said += await content.read(MAX_RESPONSE - len(said))
+    return said
 
 
 def _connection_failure(error: Exception) -> Outcome:

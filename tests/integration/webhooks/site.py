@@ -70,6 +70,8 @@ class Receiver:
     events: list[dict[str, Any]] = field(default_factory=list)
     bodies: dict[str, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     problems: list[str] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    tests: int = 0
     paths: list[str] = field(default_factory=list)
     _runner: web.AppRunner | None = None
 
@@ -100,6 +102,8 @@ class Receiver:
 
     async def _receive(self, request: web.Request) -> web.Response:
         body = await request.read()
+        if not self.secret:
+            return web.Response(status=503)
         self.paths.append(request.path)
         await asyncio.sleep(self.delay_s)
         if self.status == 204:
@@ -109,8 +113,12 @@ class Receiver:
                 self.problems.append(str(error))
                 return web.Response(status=401)
             identifier = request.headers["webhook-id"]
+            self.headers.append(dict(request.headers))
             self.ids[event["event_id"]].add(identifier)
             self.bodies[identifier].add(body)
+            if event["type"] == "webhook.test_fire":
+                self.tests += 1
+                return web.json_response({"challenge": event["data"]["challenge"]})
             self.events.append(event)
         headers = {"location": f"https://127.0.0.1:{self.port}/elsewhere"} if 300 <= self.status < 400 else {}
         return web.Response(status=self.status, headers=headers)
@@ -151,7 +159,9 @@ class Site:
         again = await self.call("CreateWebhookEndpoint", request)
         assert again == first, "a retry must answer with the same endpoint and secret"
         receiver.secret, receiver.public_key = first.secret.secret, first.webhook_endpoint.public_key
-        made: pb.WebhookEndpoint = first.webhook_endpoint
+        # Asked at once, before this receiver knew its secret; asked again it can answer.
+        verify = pb.VerifyWebhookEndpointRequest(name=first.webhook_endpoint.name)
+        made: pb.WebhookEndpoint = await self.call("VerifyWebhookEndpoint", verify)
         return made
 
     async def product(self, identifier: str) -> str:

@@ -13,7 +13,8 @@ from groundswell.webhooks.v1 import webhooks_pb2 as pb
 from libs.eventlog import Decision
 from libs.eventlog.model import Event
 from libs.keystore import MemoryKeyStore
-from services.webhooks.domain import CreateEndpoint, Endpoint, Place, State, Webhooks
+from services.webhooks.domain import Webhooks
+from services.webhooks.model import CreateEndpoint, Endpoint, Place, RecordVerification, State
 from services.webhooks.pump import Pump
 from services.webhooks.render import WebhookEvent
 from services.webhooks.signing import Signer
@@ -21,7 +22,7 @@ from services.webhooks.signing import Signer
 NAME = "organizations/acme/webhookEndpoints/ops"
 PLACE: Place = ("t.registry.public.v1", 0)
 OTHER: Place = ("t.rollout.public.v1", 0)
-DOMAIN = Webhooks(lambda name, uid: f"whpk_{name}{uid}")
+DOMAIN = Webhooks(lambda name, uid, generation: f"whpk_{name}{uid}{generation}")
 
 
 @dataclass
@@ -56,6 +57,13 @@ class World:
         return decision
 
     def create(self, name: str = NAME, **fields: Any) -> pb.WebhookEndpoint:
+        """Created and verified."""
+        made = self.create_pending(name, **fields)
+        result: Any = self.do(RecordVerification(name, made.uid, made.url, "")).result
+        verified: pb.WebhookEndpoint = result
+        return verified
+
+    def create_pending(self, name: str = NAME, **fields: Any) -> pb.WebhookEndpoint:
         wanted = pb.WebhookEndpoint(name=name, **{"url": "https://hooks.example/", **fields})
         result: Any = self.do(CreateEndpoint(wanted, ((PLACE, 10), (OTHER, 20)))).result
         made: pb.WebhookEndpoint = result.webhook_endpoint
@@ -73,5 +81,4 @@ def event(number: int, event_type: str = "device.created") -> WebhookEvent:
 
 def pump_of(world: World) -> Pump:
     endpoint = world.endpoint
-    keys = Signer(MemoryKeyStore()).keys(endpoint.image.name, endpoint.image.uid)
-    return Pump(endpoint, keys, (PLACE, OTHER))
+    return Pump(endpoint, Signer(MemoryKeyStore()).ring(endpoint.image), (PLACE, OTHER))

@@ -10,7 +10,7 @@ from groundswell.webhooks.v1 import events_pb2 as events
 from groundswell.webhooks.v1 import webhooks_pb2 as pb
 
 from libs.errors import AbortedError, DomainError, InvalidArgumentError, NotFoundError
-from services.webhooks.domain import (
+from services.webhooks.model import (
     DISABLE_AFTER_MS,
     MAX_DEAD,
     MAX_ENDPOINTS,
@@ -37,10 +37,10 @@ def changes(decision: Any) -> list[str]:
     return [public.payload.change for event in decision.events for public in event.public]
 
 
-def test_a_new_endpoint_is_active_and_begins_where_the_logs_stood() -> None:
+def test_a_new_endpoint_is_pending_and_begins_where_the_logs_stood() -> None:
     world = World()
-    made = world.create(event_types=["rollout.*", "device.created", "rollout.*"])
-    assert made.state == pb.WebhookEndpoint.STATE_ACTIVE
+    made = world.create_pending(event_types=["rollout.*", "device.created", "rollout.*"])
+    assert made.state == pb.WebhookEndpoint.STATE_PENDING
     assert list(made.event_types) == ["device.created", "rollout.*"]
     assert made.public_key.startswith("whpk_")
     assert {place: stream.cursor for place, stream in world.endpoint.streams.items()} == {PLACE: 9, OTHER: 19}
@@ -84,7 +84,7 @@ def test_updates_change_named_fields_under_the_etag() -> None:
     with pytest.raises(AbortedError):
         world.do(UpdateEndpoint(wanted, ("event_types",)))
     cases: tuple[tuple[tuple[str, ...], Any], ...] = (
-        (("url",), {}),
+        (("uid",), {}),
         ((), {}),
         (("state",), {"state": pb.WebhookEndpoint.STATE_PENDING}),
     )

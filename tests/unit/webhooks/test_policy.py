@@ -9,7 +9,8 @@ import pytest
 from yarl import URL
 
 from libs.errors import InvalidArgumentError
-from services.webhooks.policy import UrlPolicy, allows, allows_text
+from libs.settings import Settings
+from services.webhooks.policy import UrlPolicy, allows, allows_text, own_hosts
 from services.webhooks.transport import guarded_socket
 
 DENIED_V4 = [
@@ -134,6 +135,27 @@ def test_no_socket_for_a_denied_address(text: str) -> None:
         "https://127.1/x",
         "https://hooks.example/" + "x" * 1_028,
         "https://hooks.example:99999/",
+        "https://localhost:8443/",
+        "https://LOCALHOST./",
+        "https://db.localhost/",
+        "https://metadata.google.internal/",
+        "https://printer.local/",
+        "https://127.0.0.1./x",
+        "https://017700000001/x",
+        "https://0x7f.0x0.0x0.0x1/x",
+        "https://127.0.1/x",
+        "https://\uff11\uff12\uff17.0.0.1/x",
+        "https://\u2460\u2461\u2466.0.0.1/x",
+        "https://[::]/x",
+        "https://[64:ff9b::7f00:1]/x",
+        "https://[2002:7f00:1::]/x",
+        "https://[2001:0:4136:e378:8000:63bf:80ff:fffe]/x",
+        "https://[fd00:ec2::254]/x",
+        "https://0.0.0.0/x",
+        "https://255.255.255.255/x",
+        "https://@hooks.example/x",
+        "https://hooks.example%00.other.example/x",
+        "//hooks.example/x",
         "",
     ],
 )
@@ -151,13 +173,37 @@ def test_urls_that_are_refused(url: str) -> None:
         ("https://hooks.example:443/", "https://hooks.example/"),
         ("https://Hooks.Example:8443/A", "https://hooks.example:8443/A"),
         ("https://bücher.example/", "https://bücher.example/"),
-        ("https://localhost:8443/", "https://localhost:8443/"),
     ],
 )
 def test_urls_that_are_taken(url: str, normal: str) -> None:
     taken = UrlPolicy().normal_form(url)
     assert URL(taken) == URL(normal)
     assert UrlPolicy().normal_form(taken) == taken
+
+
+def test_t63_names_of_our_own_are_refused_with_all_below_them() -> None:
+    settings = Settings(
+        kafka="kafka-1.fleet.example:9092,kafka-2.fleet.example:9092",
+        redis="redis://user:word@cache.fleet.example:6379/0",
+        s3_endpoint="http://blobs.fleet.example:9000",
+        gateway_domain="devices.fleet.example",
+        registry_internal="registry.fleet.example:9101",
+    )
+    own = own_hosts(settings)
+    assert own == {
+        "kafka-1.fleet.example",
+        "kafka-2.fleet.example",
+        "cache.fleet.example",
+        "blobs.fleet.example",
+        "devices.fleet.example",
+        "registry.fleet.example",
+    }
+    policy = UrlPolicy.parse("", own)
+    for host in (*own, "acme.devices.fleet.example", "DEVICES.FLEET.EXAMPLE", "devices.fleet.example."):
+        with pytest.raises(InvalidArgumentError, match="of this installation"):
+            policy.normal_form(f"https://{host}/hooks")
+    assert policy.normal_form("https://hooks.fleet.example/")
+    assert policy.normal_form("https://notdevices.fleet.example/")
 
 
 def test_an_exception_is_one_host_and_one_port() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from groundswell.webhooks.v1 import webhooks_pb2 as pb
 
 from services.webhooks.breaker import Phase
-from services.webhooks.domain import MAX_EXCEPTIONS, RecordDeliveries, UpdateEndpoint
-from services.webhooks.pump import CONCURRENCY, LAZY_CURSOR, MAX_FRESH, Item, Pump
+from services.webhooks.lane import LAZY_CURSOR, Item
+from services.webhooks.model import MAX_EXCEPTIONS, RecordDeliveries, UpdateEndpoint
+from services.webhooks.pump import CONCURRENCY, MAX_FRESH, Pump
 from services.webhooks.schedule import STEPS_MS
 from services.webhooks.transport import Outcome
 from tests.unit.webhooks.support import NAME, OTHER, PLACE, World, event, pump_of
@@ -94,7 +95,7 @@ def test_a_delivery_runs_through_the_whole_schedule_and_dies() -> None:
     assert [0.8 * step <= wait <= 1.2 * step for wait, step in zip(waits, STEPS_MS[1:], strict=True)] == [True] * 9
     assert world.endpoint.streams[PLACE].dead[10].attempt_count == 10
     assert pump.take(now * 10) is None
-    assert pump.wake_at_ms() is None or pump.breaker.phase is not Phase.CLOSED
+    assert pump.wake_at_ms(now) is None or pump.breaker.phase is not Phase.CLOSED
 
 
 def test_filtered_records_move_the_cursor_but_are_recorded_only_now_and_then() -> None:
@@ -115,7 +116,7 @@ def test_new_filters_do_not_judge_old_records_again() -> None:
     pump = pump_of(world)
     pump.offer(PLACE, 12, event(12, "device.created"))
     world.do(UpdateEndpoint(pb.WebhookEndpoint(name=NAME), ("event_types",)))
-    pump.update(world.endpoint.image)
+    pump.update(world.endpoint, pump.keys)
     record(world, pump)
     again = pump_of(world)
     again.offer(PLACE, 12, event(12, "device.created"))
@@ -219,10 +220,10 @@ def test_a_disabled_or_gone_endpoint_is_sent_nothing() -> None:
     assert pump.take(10_000_000) is None
     record(world, pump)
     assert not world.endpoint.active
-    pump.update(world.endpoint.image)
+    pump.update(world.endpoint, pump.keys)
     assert pump.take(10_000_000) is None
     world.do(UpdateEndpoint(pb.WebhookEndpoint(name=NAME, state=pb.WebhookEndpoint.STATE_ACTIVE), ("state",)))
-    pump.update(world.endpoint.image)
+    pump.update(world.endpoint, pump.keys)
     assert {take(pump, 10_000_000).position for _ in range(2)} == {10, 20}
 
 

@@ -20,7 +20,8 @@ from libs.eventlog.config import wall_clock_ms
 from libs.eventlog.memory import MemoryLog
 from libs.eventlog.ports import TopicPartition
 from libs.keystore import MemoryKeyStore
-from services.webhooks.domain import CreateEndpoint, Endpoint, State, UpdateEndpoint, Webhooks
+from services.webhooks.domain import Webhooks
+from services.webhooks.model import CreateEndpoint, Endpoint, RecordVerification, State, UpdateEndpoint
 from services.webhooks.pump import MAX_FRESH
 from services.webhooks.sender import Sender
 from services.webhooks.signing import Signer
@@ -88,6 +89,9 @@ class Network:
         finally:
             self.now[host] -= 1
 
+    async def options(self, target: Target, headers: Mapping[str, str]) -> Outcome:
+        return Outcome(200, allowed_origin=headers["webhook-request-origin"])
+
     def ids(self, host: str) -> set[str]:
         return {identifier for identifier, _ in self.got[host]}
 
@@ -112,7 +116,12 @@ class World:
         places = [TopicPartition(*place) for place in places_of(ENV, 0)]
         ends = await self.log.end_positions(places)
         starts = tuple(((place.topic, place.partition), position) for place, position in ends.items())
-        await self.webhooks.submit(Command(organization, CreateEndpoint(wanted, starts)), Deadline.after(10))
+        made: Any = await self.webhooks.submit(
+            Command(organization, CreateEndpoint(wanted, starts)), Deadline.after(10)
+        )
+        image = made.result.webhook_endpoint
+        verified = RecordVerification(name, image.uid, image.url, "")
+        await self.webhooks.submit(Command(organization, verified), Deadline.after(10))
         return name
 
     def endpoint(self, name: str) -> Endpoint:
@@ -148,7 +157,7 @@ async def world() -> AsyncIterator[World]:
     log, network, signer = MemoryLog(partitions=1), Network(), Signer(MemoryKeyStore())
     config = RuntimeConfig(env=ENV, partitions=1)
     registry: Runtime[None] = Runtime(Publisher(), log, config)
-    domain = Webhooks(lambda name, uid: signer.keys(name, uid).public_key)
+    domain = Webhooks(lambda name, uid, generation: signer.keys(name, uid, generation).public_key)
     webhooks: Runtime[State] = Runtime(domain, log, RuntimeConfig(env=ENV, partitions=1, node=new_id()))
     for runtime in (registry, webhooks):
         await runtime.start()
