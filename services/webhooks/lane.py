@@ -61,11 +61,17 @@ def attempt_of(outcome: Outcome, at_ms: int, replay: str = "") -> pb.DeliveryAtt
         status=outcome.status,
         error=outcome.error[:300],
         duration_ms=outcome.duration_ms,
-        response=outcome.body[:MAX_RESPONSE_KEPT].decode("utf-8", "replace")[:MAX_RESPONSE_KEPT],
+        response=_excerpt(outcome.body),
         replay=replay,
     )
     made.time.FromMilliseconds(at_ms)
     return made
+
+
+def _excerpt(body: bytes) -> str:
+    """Text of at most the limit in bytes, whatever the receiver sent."""
+    text = body[:MAX_RESPONSE_KEPT].decode("utf-8", "replace")
+    return text.encode()[:MAX_RESPONSE_KEPT].decode("utf-8", "ignore")
 
 
 def with_attempt(before: list[pb.DeliveryAttempt], now: pb.DeliveryAttempt) -> list[pb.DeliveryAttempt]:

@@ -226,7 +226,7 @@ class Pump:
             return
         item = self._behind.pop(following, None)
         if item is not None:
-            self._fresh.appendleft(item)
+            self._fresh.append(item)  # behind those of other keys: a busy one must not starve them
         elif following in self._open:
             self._held -= 1
             self._let_go(following, now_ms)

@@ -229,14 +229,33 @@ KINDS: Final = (
     Kind(
         "deliveries",
         "webhooks",
-        "",
+        "Delivery",
         "Deliveries",
         webhooks,
         "deliveries",
         "given",
         ("event_type", "state", "attempt_count", "last_status", "last_error"),
     ),
-    Kind("eventTypes", "webhooks", "", "EventTypes", webhooks, "event_types", "organization", ("name", "description")),
+    Kind(
+        "replays",
+        "webhooks",
+        "Replay",
+        "Replays",
+        webhooks,
+        "replays",
+        "given",
+        ("name", "state", "matched_count", "delivered_count", "failed_count"),
+    ),
+    Kind(
+        "eventTypes",
+        "webhooks",
+        "EventType",
+        "EventTypes",
+        webhooks,
+        "event_types",
+        "organization",
+        ("name", "description"),
+    ),
 )
 BY_COLLECTION: Final = {kind.collection: kind for kind in KINDS}
 

@@ -16,7 +16,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from demo.factory import server_identity
 from libs.eventlog.config import wall_clock_ms
 from services.webhooks import transport as limits
-from services.webhooks.policy import UrlPolicy
+from services.webhooks.policy import UrlPolicy, allows_text
 from services.webhooks.transport import HttpsTransport, Outcome, Target
 
 
@@ -75,7 +75,7 @@ class Server:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 self.requests.append(head)
                 size = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
-                await reader.readexactly(int(size[0].split(b":")[1]))
+                await reader.readexactly(int(size[0].split(b":")[1]) if size else 0)
                 if not self.answer:
                     await self.hang.wait()
                     break
@@ -114,7 +114,7 @@ def exception(server: Server) -> str:
     "address",
     ["127.0.0.1", "::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::1", "0.0.0.0", "10.0.0.1"],  # noqa: S104
 )
-async def test_a_public_name_that_is_answered_with_a_denied_address(server: Server, address: str) -> None:
+async def test_t63_a_public_name_that_is_answered_with_a_denied_address(server: Server, address: str) -> None:
     resolver = Resolver(address)
     outcome = await attempt("https://hooks.example/", server.ca_pem, resolver=resolver)
     assert outcome.error.startswith("ADDRESS_NOT_ALLOWED")
@@ -122,7 +122,7 @@ async def test_a_public_name_that_is_answered_with_a_denied_address(server: Serv
     assert resolver.asked == ["hooks.example"]
 
 
-async def test_the_guard_stands_although_the_port_is_listened_on(
+async def test_t63_the_guard_stands_although_the_port_is_listened_on(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "PORTS", frozenset({server.port}))
@@ -134,7 +134,93 @@ async def test_the_guard_stands_although_the_port_is_listened_on(
     assert good.succeeded
 
 
-async def test_a_port_that_is_allowed_no_longer(server: Server) -> None:
+class Rebinding(Resolver):
+    """A public address the first time, one of ours from then on: the classic of DNS rebinding."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        found = await super().resolve(host, port, family)
+        self.address = "127.0.0.1"
+        return found
+
+
+async def test_t63_a_name_that_is_answered_differently_each_time_is_judged_each_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "PORTS", frozenset({server.port}))
+    judged: list[str] = []
+
+    def judge(text: str) -> bool:
+        judged.append(text)
+        return allows_text(text)
+
+    monkeypatch.setattr(limits, "allows_text", judge)
+    # The first answer is from a range that the policy denies as well: no packet may leave this machine.
+    resolver = Rebinding("192.0.2.7")
+    transport = HttpsTransport(UrlPolicy(), wall_clock_ms, resolver=resolver)
+    await transport.start()
+    try:
+        for name in ("one.example", "two.example"):
+            target = Target(f"https://{name}:{server.port}/", server.ca_pem)
+            outcome = await transport.post(target, {"webhook-id": "msg_1"}, b"{}")
+            assert outcome.error.startswith("ADDRESS_NOT_ALLOWED")
+    finally:
+        await transport.stop()
+    assert judged == ["192.0.2.7", "127.0.0.1"], "what was connected to is what was judged"
+    assert server.connections == 0
+
+
+async def test_t63_a_redirect_to_a_private_address_is_not_followed(server: Server) -> None:
+    for status in (301, 302, 303, 307, 308):
+        for to in (f"https://127.0.0.1:{server.port}/inner", "https://10.0.0.1/", "https://[::1]/", "//127.0.0.1/"):
+            server.answer = f"HTTP/1.1 {status} Go\r\nlocation: {to}\r\ncontent-length: 0\r\n\r\n".encode()
+            outcome = await attempt(f"https://127.0.0.1:{server.port}/", server.ca_pem, allow=exception(server))
+            assert outcome.error == f"REDIRECT_NOT_FOLLOWED: answered {status}"
+    assert all(request.startswith(b"POST / HTTP/1.1\r\n") for request in server.requests)
+
+
+async def test_t63_several_answers_of_which_one_is_denied(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PORTS", frozenset({server.port}))
+
+    class Several(Resolver):
+        async def resolve(
+            self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+        ) -> list[ResolveResult]:
+            found = []
+            for self.address in ("10.0.0.1", "::ffff:127.0.0.1", "127.0.0.1"):
+                found += await super().resolve(host, port, family)
+            return found
+
+    outcome = await attempt(f"https://hooks.example:{server.port}/", server.ca_pem, resolver=Several(""))
+    assert outcome.error.startswith("ADDRESS_NOT_ALLOWED")
+    assert server.connections == 0
+
+
+async def test_options_are_asked_after_cloudevents(server: Server) -> None:
+    server.answer = (
+        b"HTTP/1.1 200 OK\r\nwebhook-allowed-origin: groundswell.local\r\nwebhook-allowed-rate: 10\r\n"
+        b"content-length: 0\r\n\r\n"
+    )
+    transport = HttpsTransport(UrlPolicy.parse(exception(server)), wall_clock_ms)
+    await transport.start()
+    try:
+        target = Target(f"https://127.0.0.1:{server.port}/hooks", server.ca_pem)
+        outcome = await transport.options(target, {"webhook-request-origin": "groundswell.local"})
+    finally:
+        await transport.stop()
+    assert (outcome.status, outcome.allowed_origin) == (200, "groundswell.local")
+    assert server.requests[0].startswith(b"OPTIONS /hooks HTTP/1.1\r\n")
+    assert b"webhook-request-origin: groundswell.local" in server.requests[0].lower()
+
+
+async def test_an_answer_in_pieces_is_put_together(server: Server) -> None:
+    server.answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n3\r\ndef\r\n0\r\n\r\n"
+    outcome = await attempt(f"https://127.0.0.1:{server.port}/", server.ca_pem, allow=exception(server))
+    assert outcome.body == b"abcdef"
+
+
+async def test_t63_a_port_that_is_allowed_no_longer(server: Server) -> None:
     outcome = await attempt(f"https://127.0.0.1:{server.port}/", server.ca_pem)
     assert outcome.error.startswith("PORT_NOT_ALLOWED")
     assert server.connections == 0
