@@ -59,6 +59,13 @@ def _client_context(endpoint: Endpoint) -> ssl.SSLContext:
     return context
 
 
+def _ca_stamp(endpoint: Endpoint) -> int:
+    try:
+        return endpoint.ca_file.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def fitting(request: CheckIn) -> CheckIn:
     """The same check-in with only as many of its oldest reports as one body holds."""
     while request.reports and len(_body(request)) > MAX_REQUEST:
@@ -128,6 +135,7 @@ class DeviceApi:
         self._timeout = timeout_s
         self._exchange = exchange_s
         self._context = _client_context(endpoint)
+        self._ca_stamp = _ca_stamp(endpoint)
         self._store_ca = object_store_ca
         self._connection: http.client.HTTPConnection | None = None
 
@@ -232,6 +240,10 @@ class DeviceApi:
     ) -> tuple[int, Mapping[str, str], bytes]:
         if self._connection is None:
             at = self._endpoint
+            stamp = _ca_stamp(at)
+            if stamp != self._ca_stamp:
+                # Whom to believe has changed on the disk, without a restart of ours.
+                self._context, self._ca_stamp = _client_context(at), stamp
             self._connection = _Connection((at.host, at.port), self._timeout, self._context, at.server_name)
         connection = self._connection
         headers = {"Host": self._endpoint.server_name}

@@ -1,4 +1,4 @@
-"""`python -m deploy.local up [--servers-only] | down | status | clean | logs [--follow] [NAME …]`."""
+"""`python -m deploy.local up | down | status | clean | logs | renew-certificates`; each has a `--help`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import sys
 
 from deploy.local import control
+from deploy.local.credentials import renew_certificates
 from deploy.local.errors import StackError
 from deploy.local.settings import load
 
@@ -24,6 +25,9 @@ def main(arguments: list[str]) -> int:
     commands.add_parser("down", help="end exactly what was started")
     commands.add_parser("status", help="one line a process; exit 1 unless all are ready")
     commands.add_parser("clean", help="down, and remove the data")
+    renew = commands.add_parser("renew-certificates", help="new certificates for all services, without a restart")
+    renew.add_argument("--new-ca", action="store_true", help="from a new CA; the old one stays an anchor")
+    renew.add_argument("--forget-old-ca", action="store_true", help="leave only the newest CA as an anchor")
     logs = commands.add_parser("logs", help="the end of the logs")
     logs.add_argument("names", nargs="*", metavar="NAME", help="of these processes only")
     logs.add_argument("--follow", "-f", action="store_true", help="go on as they grow")
@@ -37,6 +41,10 @@ def main(arguments: list[str]) -> int:
                 control.down(settings, _say)
             case "clean":
                 control.clean(settings, _say)
+            case "renew-certificates":
+                new_ca, forget = chosen.new_ca, chosen.forget_old_ca
+                done = renew_certificates(settings, new_ca=new_ca, forget_old_ca=forget)
+                _say(f"renewed {', '.join(done)}; services take them at their next connections")
             case "logs":
                 return control.logs(settings, chosen.names, follow=chosen.follow, say=_say)
             case _:

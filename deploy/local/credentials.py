@@ -83,6 +83,28 @@ def ensure_certificates(settings: Settings) -> None:
             _issue(folder, name, issuer, settings)
 
 
+def renew_certificates(settings: Settings, *, new_ca: bool = False, forget_old_ca: bool = False) -> list[str]:
+    """Every identity gets a new certificate, on request from a new CA; running processes take them by themselves.
+
+    With a new CA the old one stays an anchor (`ca.pem` holds both), so that no order of taking them shuts anybody out.
+    Once all have taken them, another run with ``forget_old_ca`` leaves only the new one.
+    """
+    if settings.is_external("GROUNDSWELL_TLS_DIR"):
+        raise StackError("GROUNDSWELL_TLS_DIR is set: its certificates are not made here")
+    folder = settings.tls_dir
+    issuer = _load_issuer(folder)
+    if issuer is None:
+        raise StackError(f"there is no usable CA in {folder}: `make up` makes one")
+    before = b"" if forget_old_ca else _pem(issuer.certificate)
+    if new_ca:
+        issuer = _make_issuer(folder, settings, also=before)
+    elif forget_old_ca:
+        write(folder / "ca.pem", _pem(issuer.certificate), mode=0o644)
+    for name in IDENTITIES:
+        _issue(folder, name, issuer, settings)
+    return list(IDENTITIES)
+
+
 def spiffe_id(deployment: str, name: str) -> str:
     """How a service is named in its certificate."""
     return f"spiffe://{deployment}/service/{name}"
@@ -99,9 +121,11 @@ def _load_issuer(folder: Path) -> _Issuer | None:
     return _Issuer(certificate, key)
 
 
-def _make_issuer(folder: Path, settings: Settings) -> _Issuer:
+def _make_issuer(folder: Path, settings: Settings, also: bytes = b"") -> _Issuer:
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"Groundswell development CA ({settings.deployment})")])
+    # A name of its own: two CAs of one name beside each other are told apart by luck.
+    common_name = f"Groundswell development CA ({settings.deployment}, {secrets.token_hex(4)})"
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     certificate = (
         _builder(name, name, key.public_key(), _CA_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -109,7 +133,7 @@ def _make_issuer(folder: Path, settings: Settings) -> _Issuer:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    _write_pair(folder, "ca", certificate, key)
+    _write_pair(folder, "ca", certificate, key, also)
     return _Issuer(certificate, key)
 
 
@@ -188,10 +212,16 @@ def _is_old(certificate: x509.Certificate) -> bool:
     return certificate.not_valid_after_utc - _RENEW_BEFORE < datetime.datetime.now(datetime.UTC)
 
 
-def _write_pair(folder: Path, name: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
+def _pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _write_pair(
+    folder: Path, name: str, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey, also: bytes = b""
+) -> None:
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     write(folder / f"{name}.key", pem)
-    write(folder / f"{name}.pem", certificate.public_bytes(serialization.Encoding.PEM), mode=0o644)
+    write(folder / f"{name}.pem", _pem(certificate) + also, mode=0o644)
 
 
 def _ensure_file(path: Path, make: Callable[[], bytes]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from libs.errors import UnavailableError
+from libs.rpc.certificates import CertificateFiles, Pem, RenewedChannel
 from libs.rpc.errors import error_of
 from libs.rpc.identity import READ_AFTER, read_after_tokens
 from libs.settings import Settings
@@ -78,11 +79,15 @@ def _version(address: str) -> int:
 
 
 def dial(settings: Settings, addresses: Sequence[str], *, identity: str) -> grpc.aio.Channel:
-    """A channel to internal ports, as one of our services."""
-    certificate, key = settings.certificate(identity)
-    credentials = grpc.ssl_channel_credentials(settings.ca, key, certificate)
-    options = [*OPTIONS, ("grpc.lb_policy_name", "round_robin")]
-    return grpc.aio.secure_channel(target_of(addresses), credentials, options=options, interceptors=_interceptors())
+    """A channel to internal ports, as one of our services; it follows the files of its certificate."""
+    target = target_of(addresses)
+
+    def make(pem: Pem) -> grpc.aio.Channel:
+        credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.certificate)
+        options = [*OPTIONS, ("grpc.lb_policy_name", "round_robin")]
+        return grpc.aio.secure_channel(target, credentials, options=options, interceptors=_interceptors())
+
+    return RenewedChannel(CertificateFiles(settings, identity), make)
 
 
 def channel(settings: Settings, service: str, *, identity: str) -> grpc.aio.Channel:

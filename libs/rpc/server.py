@@ -29,6 +29,7 @@ from libs.eventlog.ports import EventLog, SnapshotStore
 from libs.eventlog.runtime import Forwarder
 from libs.rpc.access import KeyDirectory
 from libs.rpc.audit import AuditServicer
+from libs.rpc.certificates import server_credentials
 from libs.rpc.forward import LeaderForwarder
 from libs.rpc.interceptor import Gate
 from libs.settings import Settings
@@ -143,10 +144,8 @@ class RpcServer:
         """Start parts and runtime, then listen."""
         for part in (*self._parts, self._runtime):
             await part.start()
-        certificate, key = self._settings.certificate(self._service)
-        pair = [(key, certificate)]
-        internal = grpc.ssl_server_credentials(pair, self._settings.ca, require_client_auth=True)
-        public = grpc.ssl_server_credentials(pair)
+        internal = server_credentials(self._settings, self._service, mutual=True)
+        public = server_credentials(self._settings, self._service, mutual=False)
         directory, forwarder = self._directory, self._forwarder
         inner = Gate(self._runtime, directory=directory, trust_domain=self._settings.deployment, forwarder=forwarder)
         outer = Gate(self._runtime, directory=directory, forwarder=forwarder)

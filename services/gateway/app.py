@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
 import uuid
 
@@ -22,6 +23,7 @@ from libs.eventlog.kafka import KafkaLog
 from libs.keystore import DirectoryKeyStore, KeyStore
 from libs.rpc import channel, retry_unavailable
 from libs.rpc.access import PLATFORM
+from libs.rpc.certificates import CertificateFiles
 from libs.seal import accepted_keys
 from libs.settings import Settings
 from services.gateway.checkin import CheckInHandler
@@ -33,6 +35,8 @@ from services.gateway.views import GatewayViews
 
 log = logging.getLogger(__name__)
 
+CERTIFICATE_LOOK_S = 2.0
+"""How often the gateway looks whether its own certificate was replaced."""
 START_S = 60.0
 """Longest wait for the views to be caught up; a supervisor then starts the process anew."""
 
@@ -49,6 +53,8 @@ class Gateway:
         self._failures = HandshakeFailures()
         certificate, key = (str(settings.tls_dir / f"gateway.{kind}") for kind in ("pem", "key"))
         self._tls = DeviceTls(certificate, key, settings.gateway_domain, self._failures)
+        self._files = CertificateFiles(settings, "gateway")
+        self._files.read()
         self._closed = ClosedPlans()
         self._views = GatewayViews(
             self._log, settings.env, settings.partitions, self._tls.set_anchors, self._closed.reopen
@@ -59,6 +65,7 @@ class Gateway:
         }
         self._publisher: CheckInPublisher | None = None
         self._heartbeats: asyncio.Task[None] | None = None
+        self._renewals: asyncio.Task[None] | None = None
         self._runners: list[web.AppRunner] = []
         self._listening = False
 
@@ -80,6 +87,7 @@ class Gateway:
         self._publisher = publisher
         self._heartbeats = asyncio.create_task(publisher.heartbeats(), name="heartbeats")
         await self._listen(self._api(publisher).application(), self._settings.gateway_listen, tls=True)
+        self._renewals = asyncio.create_task(self._renew_certificate(), name="certificate")
         self._listening = True
         log.info("listening: %s as %s", self._settings.gateway_listen, self._name)
 
@@ -101,6 +109,15 @@ class Gateway:
             self._blobs.presign_get,
             lambda: accepted_keys(self._keystore, time.time_ns() // 1_000_000),
         )
+
+    async def _renew_certificate(self) -> None:
+        while True:
+            await asyncio.sleep(CERTIFICATE_LOOK_S)
+            if self._files.changed() is not None:
+                try:
+                    self._tls.renew()
+                except (OSError, ssl.SSLError):
+                    log.exception("the new certificate cannot be used: going on with the old one")
 
     def _signing_key(self) -> Ed25519PrivateKey:
         seed = self._keystore.get_or_create(
@@ -153,8 +170,9 @@ class Gateway:
         """Stop intake, publish what is open, leave."""
         for runner in reversed(self._runners):
             await runner.cleanup()
-        if self._heartbeats is not None:
-            self._heartbeats.cancel()
+        for running in (self._heartbeats, self._renewals):
+            if running is not None:
+                running.cancel()
         if self._publisher is not None:
             await self._publisher.drain()
         for follower in self._views.followers.values():

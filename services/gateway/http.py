@@ -120,13 +120,13 @@ class DeviceApi:
         certificate = self._views.certificate(organization, fingerprint)
         if certificate is None or certificate.state in _ASK_PKI:
             certificate = await self._admitted(organization, fingerprint, der)
+        view = self._views.device(organization, certificate.device, fingerprint)
+        if view is not None and view.retired:
+            raise refuse_identity("DEVICE_RETIRED", "this device was decommissioned")
         policy = self._views.policy(certificate.device).certificate_policy
         judge(certificate, self._views.ca_state(certificate), policy, self._now(), renewing=renewing)
-        view = self._views.device(organization, certificate.device, fingerprint)
         if view is None:
             raise UnavailableError("ADMISSION_PENDING", "the device is being created: try again", retry_after_s=1)
-        if view.retired:
-            raise refuse_identity("DEVICE_RETIRED", "this device was decommissioned")
         return view
 
     async def _admitted(self, organization: str, fingerprint: str, der: bytes) -> pki_pb2.DeviceCertificate:

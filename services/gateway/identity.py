@@ -84,6 +84,13 @@ class DeviceTls:
         self._anchors[organization] = ders
         self._contexts[organization] = self._make(organization, ders)
 
+    def renew(self) -> None:
+        """Show the certificate that the files hold now to whoever connects from now on."""
+        # A pair that does not fit would spoil the contexts in use, so it is tried on another first.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._certificate, self._key)
+        for context in (self.context, *self._contexts.values()):
+            context.load_cert_chain(self._certificate, self._key)
+
     def _make(self, organization: str, ders: tuple[bytes, ...]) -> _OrganizationContext:
         context = _OrganizationContext(ssl.PROTOCOL_TLS_SERVER)
         context.organization = organization

@@ -110,8 +110,10 @@ def note_policy(state: State, noted: events_pb2.CertificatePolicyNoted) -> State
     return state
 
 
-def take_in(state: State, record: Foreign) -> Decision:
-    """What the registry publishes: only certificate policies matter here."""
+def take_in(state: State, record: Foreign, ctx: Context) -> Decision:
+    """What the registry publishes: certificate policies, and the end of devices. Nothing else matters here."""
+    if isinstance(record.payload, registry_events.DeviceChanged):
+        return _device_ended(state, record.payload.device, ctx)
     if not isinstance(record.payload, registry_events.ProductChanged):
         return Decision()
     product = record.payload.product
@@ -120,6 +122,20 @@ def take_in(state: State, record: Foreign) -> Decision:
         return Decision()
     noted = events_pb2.CertificatePolicyNoted(product=product.name, policy=policy)
     return Decision(events=(NewEvent(organization_of(product.name), product.name, noted),))
+
+
+def _device_ended(state: State, device: registry_pb2.Device, ctx: Context) -> Decision:
+    """A retired device's certificates are revoked: no gateway, list or reminder takes them for living ones."""
+    if device.state != registry_pb2.Device.STATE_RETIRED:
+        return Decision()
+    events = []
+    for name in state.history.get(device.name, ()):
+        leaf = state.certificates[name]
+        if leaf.state in {Leaf.STATE_ACTIVE, Leaf.STATE_NEXT}:
+            image = _changed(leaf, ctx)
+            image.state, image.reason = Leaf.STATE_REVOKED, "DEVICE_RETIRED"
+            events.append(saved(image, "device_certificate.revoked"))
+    return Decision(events=tuple(events))
 
 
 def with_alarm(state: State, decision: Decision, ctx: Context) -> Decision:

@@ -92,7 +92,7 @@ class Pki:
     def decide(self, state: State, command: object, ctx: Context) -> Decision:
         match command:
             case Foreign():
-                return agenda.with_alarm(state, agenda.take_in(state, command), ctx)
+                return agenda.with_alarm(state, agenda.take_in(state, command, ctx), ctx)
             case TimerFired():
                 return agenda.fire(state, ctx)
         return agenda.with_alarm(state, self._decide(state, command, ctx), ctx)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import ssl
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -122,6 +126,64 @@ def test_est_by_hand_from_enrolment_to_a_lost_answer(tenant: Tenant, tmp_path: P
     assert new.check_in().status == 200
     wait_until("the newest certificate to be accepted", 15, lambda: accepted(newest), 0.2)
     assert tenant.certificates("canary-1")[-1].issuing_ca.endswith("/two")
+
+
+def test_operators_see_and_do_all_of_it_with_swell(tenant: Tenant, tmp_path: Path) -> None:
+    device = tenant.enrolled("canary-1")
+    stack = tenant.stack
+
+    def swell(*arguments: str, form: str = "json") -> str:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "clients.cli",
+                "--output",
+                form,
+                "-O",
+                tenant.organization,
+                "-P",
+                "pump",
+                *arguments,
+            ],
+            env={
+                **os.environ,
+                "GROUNDSWELL_PROFILE": str(stack.settings.local_dir / "profile.json"),
+                "GROUNDSWELL_API_KEY": tenant.api_key,
+            },
+            cwd=stack.settings.root,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return done.stdout if done.returncode == 0 else json.loads(done.stderr)["error"]["reason"]
+
+    made = json.loads(swell("issuing-ca", "create", "one", "--days", "100"))
+    assert made["state"] == "STATE_ACTIVE"
+    assert swell("issuing-ca", "create", "two") == "ISSUING_CA_EXISTS"
+    assert json.loads(swell("issuing-ca", "rotate", "one", "--successor", "two"))["name"].endswith("/two")
+    assert json.loads(swell("issuing-ca", "get", "one"))["replaced_by"].endswith("/two")
+    assert [one["state"] for one in json.loads(swell("issuing-ca", "list"))] == ["STATE_RETIRING", "STATE_ACTIVE"]
+    swell("issuing-ca", "download", "one", "--out", str(tmp_path / "one.pem"))
+    assert x509.load_pem_x509_certificate((tmp_path / "one.pem").read_bytes()).subject.rfc4514_string()
+
+    (certificate,) = json.loads(swell("certificate", "list", "--device", "canary-1", "--state", "active"))
+    assert json.loads(swell("certificate", "get", certificate["fingerprint"])) == certificate
+    assert json.loads(swell("certificate", "list", "--ca", "factory"))[0]["fingerprint"] == certificate["fingerprint"]
+    assert json.loads(swell("certificate", "expiring")) == []
+    assert swell("certificate", "list", "--filter", "nonsense") == "INVALID_FIELD"
+
+    (ca,) = json.loads(swell("ca", "list"))
+    assert ca["admitted_count"] == "1"
+    assert json.loads(swell("ca", "jitp", "factory", "--disable", "--quota", "5"))["jitp"]["quota"] == "5"
+    assert json.loads(swell("ca", "suspend", "factory", "--reason", "audit"))["state"] == "STATE_SUSPENDED"
+    assert json.loads(swell("ca", "resume", "factory"))["state"] == "STATE_ACTIVE"
+    assert "factory" in swell("ca", "get", "factory", form="table")
+    assert json.loads(swell("ca", "revoke", "factory"))["state"] == "STATE_REVOKED"
+    assert swell("ca", "resume", "factory") == "WRONG_STATE"
+    assert json.loads(swell("certificate", "revoke", certificate["fingerprint"]))["effective_by"]
+    wait_until("the refusal", 15, lambda: not accepted(device), 0.2)
 
 
 def test_an_expired_certificate_may_only_renew(tenant: Tenant, tmp_path: Path) -> None:

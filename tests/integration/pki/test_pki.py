@@ -14,6 +14,8 @@ from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
+from google.protobuf.field_mask_pb2 import FieldMask
 from groundswell.pki.v1 import pki_pb2, pki_pb2_grpc
 from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
 
@@ -27,8 +29,9 @@ from libs.settings import Settings
 from services.pki.app import build as build_pki
 from services.registry.app import build as build_registry
 from tests.conftest import KafkaEnv
-from tests.unit.pki.factory import Ca, der
+from tests.unit.pki.factory import Ca, csr, der
 
+ORG = "organizations/acme"
 PRODUCT = "organizations/acme/products/thermostat"
 
 
@@ -101,6 +104,19 @@ class Site:
         async with channel(self.settings, "registry", identity="gateway") as opened:
             stub = registry_pb2_grpc.RegistryInternalServiceStub(opened)
             return await stub.LookupDevice(registry_pb2.GetDeviceRequest(name=name), timeout=20)
+
+    async def issue(self, current: pki_pb2.DeviceCertificate, request: bytes) -> pki_pb2.IssueCertificateResponse:
+        async with channel(self.settings, "pki", identity="gateway") as opened:
+            stub = pki_pb2_grpc.PkiInternalServiceStub(opened)
+            asked = pki_pb2.IssueCertificateRequest(
+                organization="acme", fingerprint=current.fingerprint, csr_der=request
+            )
+            return await stub.IssueCertificate(asked, timeout=20)
+
+    async def call(self, method: str, request: Any) -> Any:
+        """A method of the public API, as acme's owner."""
+        async with self.public("pki", self.keys["acme"]) as (opened, metadata):
+            return await getattr(pki_pb2_grpc.PkiServiceStub(opened), method)(request, metadata=metadata, timeout=20)
 
     async def revoke(self, name: str) -> pki_pb2.RevokeDeviceCertificateResponse:
         async with self.public("pki", self.keys["acme"]) as (opened, metadata):
@@ -204,5 +220,76 @@ async def test_two_organizations_race_for_one_key_on_the_real_log(site: Site) ->
         lost = [getattr(result, "reason", result) for result in results if result not in won]
         assert [ca.state for ca in won] == [pki_pb2.CaCertificate.STATE_ACTIVE]
         assert lost == ["CA_KEY_TAKEN"]
+    finally:
+        await server.stop()
+
+
+async def test_a_certificate_is_issued_confirmed_and_rotated_on_the_real_log_and_over_a_restart(site: Site) -> None:
+    factory = Ca()
+    leaf = factory.leaf("SN-0042")
+    first = await build_pki(site.settings)
+    await serving(first)
+    try:
+        await site.register(factory, "acme", "factory")
+        current = await site.admit(leaf)
+        issuing = await site.call("CreateIssuingCa", pki_pb2.CreateIssuingCaRequest(parent=ORG, issuing_ca_id="one"))
+        request = csr("SN-0042")
+        answers = await asyncio.gather(*(site.issue(current, request) for _ in range(4)))
+        assert {one.issuing_ca_der for one in answers} == {issuing.der}
+        (issued,) = {one.device_certificate.name: one.device_certificate for one in answers}.values()
+        assert issued.state == pki_pb2.DeviceCertificate.STATE_NEXT
+    finally:
+        await first.stop()
+
+    second = await build_pki(site.settings)
+    await serving(second)
+    try:
+        assert (await site.issue(current, request)).device_certificate == issued
+        confirmed = await site.admit(x509.load_der_x509_certificate(issued.der))
+        assert confirmed.state == pki_pb2.DeviceCertificate.STATE_ACTIVE
+        with pytest.raises(GroundswellError) as superseded:
+            await site.admit(leaf)
+        assert superseded.value.reason == "CERTIFICATE_SUPERSEDED"
+        rotate = pki_pb2.RotateIssuingCaRequest(name=issuing.name, successor_id="two")
+        successor = await site.call("RotateIssuingCa", rotate)
+        # The key of the first was made by the process before: both sign from one key store.
+        following = await site.issue(confirmed, csr("SN-0042"))
+        assert following.issuing_ca_der == successor.der
+        x509.load_der_x509_certificate(following.device_certificate.der).verify_directly_issued_by(
+            x509.load_der_x509_certificate(successor.der)
+        )
+        listed = await site.call(
+            "ListDeviceCertificates",
+            pki_pb2.ListDeviceCertificatesRequest(parent=ORG, filter=f'device = "{PRODUCT}/devices/SN-0042"'),
+        )
+        states = sorted(one.state for one in listed.device_certificates)
+        kinds = pki_pb2.DeviceCertificate
+        assert states == sorted([kinds.STATE_RETIRED, kinds.STATE_ACTIVE, kinds.STATE_NEXT])
+    finally:
+        await second.stop()
+
+
+async def test_a_products_policy_comes_through_the_inbox(site: Site) -> None:
+    server = await build_pki(site.settings)
+    await serving(server)
+    try:
+        factory = Ca()
+        await site.register(factory, "acme", "factory")
+        await site.call("CreateIssuingCa", pki_pb2.CreateIssuingCaRequest(parent=ORG, issuing_ca_id="one"))
+        current = await site.admit(factory.leaf("SN-1"))
+        product = registry_pb2.Product(name=PRODUCT)
+        product.policy.certificate_policy.validity.FromSeconds(30 * 24 * 3600)
+        async with site.public("registry", site.keys["acme"]) as (opened, metadata):
+            update = registry_pb2.UpdateProductRequest(
+                product=product, update_mask=FieldMask(paths=["policy.certificate_policy"])
+            )
+            call = registry_pb2_grpc.RegistryServiceStub(opened).UpdateProduct(update, metadata=metadata, timeout=20)
+            await call
+        noted = Deadline.after(20)
+        while PRODUCT not in server._runtime.snapshot("acme").state.policies:
+            await server._runtime.changed("acme", noted)
+        issued = (await site.issue(current, csr("SN-1"))).device_certificate
+        life_s = issued.not_after.seconds - issued.not_before.seconds
+        assert life_s == 30 * 24 * 3600 + 300
     finally:
         await server.stop()

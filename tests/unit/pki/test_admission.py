@@ -176,7 +176,7 @@ async def test_an_expired_ca_creates_no_devices_and_keeps_the_known_ones() -> No
         assert await refused(world.admit(late)) == "CA_EXPIRED"
 
 
-async def test_a_flood_stops_at_the_quota() -> None:
+async def test_t51_a_flood_stops_at_the_quota() -> None:
     async with running() as world:
         ca = Ca()
         registered = await world.register(ca, jitp=jitp(quota=5))
@@ -189,7 +189,7 @@ async def test_a_flood_stops_at_the_quota() -> None:
         assert shown.admitted_count == 5
 
 
-async def test_a_flood_is_slowed_to_the_rate() -> None:
+async def test_t51_a_flood_is_slowed_to_the_rate() -> None:
     async with running() as world:
         ca = Ca()
         await world.register(ca, jitp=jitp(rate_per_minute=6))

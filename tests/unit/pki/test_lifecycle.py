@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from groundswell.pki.v1 import events_pb2, pki_pb2
+from groundswell.registry.v1 import registry_pb2
 
-from libs.errors import ResourceExhaustedError
+from libs.errors import FailedPreconditionError, ResourceExhaustedError
 from services.pki import agenda
 from services.pki.model import Ca as CaState
 from services.pki.model import Leaf
 from tests.unit.pki.factory import DAY, Ca, new_key
 from tests.unit.pki.test_admission import jitp
-from tests.unit.pki.world import ORG, World, context, refused, running
+from tests.unit.pki.world import ORG, PRODUCT, World, context, refused, running
 
 DAY_MS = 24 * 3600 * 1000
 CA_CHANGED = events_pb2.CaCertificateChanged
@@ -171,6 +172,49 @@ async def test_t51_a_flood_is_told_when_to_come_again() -> None:
         assert world.written() == before, "a flood writes nothing"
         world.clock.ahead_ms += int(wait_s * 1000) + 50
         await world.admit(ca.leaf("SN-6", key=key))
+
+
+async def test_t51_a_device_has_no_cohort_until_a_rule_puts_it_into_one() -> None:
+    async with running() as world:
+        ca = Ca()
+        rule = pki_pb2.CohortRule(common_name_pattern="canary-*", cohort=f"{PRODUCT}/cohorts/canary")
+        await world.register(ca, jitp=pki_pb2.JitpSettings(enabled=True, cohort_rules=[rule]))
+        await world.admit(ca.leaf("canary-1"))
+        await world.admit(ca.leaf("SN-1"))
+        cohorts = {device.identifier: device.cohort for device in world.registry.devices.values()}
+        assert cohorts == {"canary-1": rule.cohort, "SN-1": ""}
+
+
+async def test_a_development_ca_creates_development_devices_only() -> None:
+    async with running() as world:
+        seen: list[bool] = []
+        provision = world.registry.provision_device
+
+        async def refuse_development(request: registry_pb2.ProvisionDeviceRequest) -> registry_pb2.Device:
+            seen.append(request.development)
+            if request.development:
+                raise FailedPreconditionError("DEVELOPMENT_CA_NOT_ALLOWED", "none of those here")
+            return await provision(request)
+
+        world.registry.provision_device = refuse_development  # type: ignore[method-assign]
+        kind = pki_pb2.CaCertificate.Environment
+        production, development = Ca("Production"), Ca("Development")
+        await world.register(production, ca_id="production")
+        code = await world.code("development")
+        request = pki_pb2.RegisterCaCertificateRequest(
+            parent=PRODUCT,
+            ca_certificate_id="development",
+            certificate_pem=development.pem,
+            verification_certificate_pem=development.proof(code),
+            ca_certificate=pki_pb2.CaCertificate(
+                environment=kind.ENVIRONMENT_DEVELOPMENT, jitp=pki_pb2.JitpSettings(enabled=True)
+            ),
+        )
+        made = await world.public.RegisterCaCertificate(request, context())
+        await world.admit(production.leaf("SN-1"))
+        assert await refused(world.admit(development.leaf("SN-2"))) == "DEVELOPMENT_CA_NOT_ALLOWED"
+        assert seen == [False, True]
+        assert world.state().admitted[made.name] == 0, "the quota is given back"
 
 
 async def test_t53_names_that_are_programs_elsewhere_are_refused_as_data() -> None:

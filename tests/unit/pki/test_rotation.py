@@ -308,6 +308,21 @@ async def test_revoking_the_one_in_force_revokes_what_it_announced() -> None:
         assert await refused(world.connect(issued)) == "CERTIFICATE_REVOKED"
 
 
+async def test_the_certificates_of_a_retired_device_are_revoked() -> None:
+    async with running() as world:
+        current = await enrolled(world)
+        issued = await world.issue(current, csr("SN-1"))
+        await world.retire(f"{current.device}x")
+        assert world.now(current).state == Leaf.STATE_ACTIVE
+        await world.retire(current.device)
+        for one in (current, issued):
+            assert (world.now(one).state, world.now(one).reason) == (Leaf.STATE_REVOKED, "DEVICE_RETIRED")
+            assert one.name not in world.state().agenda
+        before = world.written()
+        await world.retire(current.device)
+        assert world.written() == before
+
+
 async def test_a_device_asks_so_often_and_no_more() -> None:
     async with running() as world:
         current = await enrolled(world)

@@ -174,8 +174,15 @@ class World:
         """The registry publishes a product with this certificate policy."""
         policy = registry_pb2.CertificatePolicy(**fields)
         image = registry_pb2.Product(name=product, policy=registry_pb2.ConfigurationPolicy(certificate_policy=policy))
-        record = registry_events.ProductChanged(product=image, change="product.updated")
-        foreign = Foreign("registry", "t.registry.public.v1", 0, 0, 1, "acme", product, record, 0)
+        await self._published(product, registry_events.ProductChanged(product=image, change="product.updated"))
+
+    async def retire(self, device: str) -> None:
+        """The registry publishes the end of a device."""
+        image = registry_pb2.Device(name=device, state=registry_pb2.Device.STATE_RETIRED)
+        await self._published(device, registry_events.DeviceChanged(device=image, change="device.retired"))
+
+    async def _published(self, resource: str, record: Message) -> None:
+        foreign = Foreign("registry", "t.registry.public.v1", 0, 0, 1, "acme", resource, record, 0)
         await self.runtime.submit(Command("acme", foreign), Deadline.after(5))
 
     def told(self, kind: type[Message] = events_pb2.DeviceCertificateChanged) -> list[tuple[str, str]]:
