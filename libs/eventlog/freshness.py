@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from libs.eventlog.deadline import Deadline
 from libs.eventlog.inbox import FETCH_SHARE, LagMeter
@@ -31,12 +31,16 @@ class Freshness:
         while True:
             at = asyncio.get_running_loop().time()
             try:
-                self._meter.measured(at, await self._log.end_positions(self._places))
+                self.measured(at, await self._log.end_positions(self._places))
             except LogError as error:
                 logger.warning("the ends of the own log cannot be read: %s", error)
             for place, position in self._positions.items():
                 self._meter.reached(place, position)
             await asyncio.sleep(self._every_s)
+
+    def measured(self, at: float, ends: Mapping[TopicPartition, int]) -> None:
+        """The ends as they were at a time: what a start has to reach makes it fresh, without waiting for a round."""
+        self._meter.measured(at, ends)
 
     def reached(self, place: TopicPartition, position: int) -> None:
         """The view holds everything below a position."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from libs.eventlog.chores import back_off
+from libs.eventlog.deadline import monotonic
 from libs.eventlog.freshness import Freshness
 from libs.eventlog.ports import EventLog, LogError, TopicPartition
 from libs.eventlog.replica import Replica
@@ -63,7 +64,9 @@ class OwnTail(Generic[S]):
     async def _read(self) -> None:
         tail = await self._log.open_tail({place: replica.next_position for place, replica in self._reading})
         try:
+            at = monotonic()
             ends = await self._log.end_positions([place for place, _ in self._reading])
+            self._freshness.measured(at, ends)
             while True:
                 for place, replica in self._reading:
                     if not replica.caught_up and tail.position(place) >= ends[place]:

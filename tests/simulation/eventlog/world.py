@@ -18,7 +18,7 @@ from libs.errors import UnavailableError
 from libs.eventlog import Command, Committed, Deadline, Runtime, RuntimeConfig, Task, TaskContext, partition_of
 from libs.eventlog.codec import read_envelope
 from libs.eventlog.config import events_topic, public_topic
-from libs.eventlog.memory import MemoryElection, MemoryLog
+from libs.eventlog.memory import MemoryElection, MemoryLog, MemorySnapshotStore
 from libs.eventlog.ports import Appender, LogError, Record, Tail, TopicPartition, UnknownOutcomeError
 from libs.eventlog.state import PartitionState, Schema
 from tests.contract.eventlog.support import (
@@ -103,6 +103,8 @@ class Simulation:
     troubled: bool = True
     kills: int = 0
     faults: int = 0
+    forwarded: int = 0
+    snapshots: MemorySnapshotStore = field(default_factory=MemorySnapshotStore)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -136,10 +138,28 @@ class Simulation:
             wall_clock_ms=self.wall_ms,
             retry_first_s=0.02,
             retry_most_s=1.0,
+            snapshot_every_events=40,
         )
         process.log = log
-        process.runtime = Runtime(process.make_domain(), log, config, {"work": close_task})
+        process.runtime = Runtime(
+            process.make_domain(), log, config, {"work": close_task}, forward=self.forward, snapshots=self.snapshots
+        )
         await process.runtime.start()
+
+    async def forward(self, address: str, command: Command, deadline: Deadline) -> Committed:
+        """One hop to whoever has that address now; the way there and the way back lose things."""
+        await asyncio.sleep(self.random.uniform(0, 0.05))
+        found = [each for each in self.processes if f"{each.name}/{each.lives}" == address]
+        runtime = found[0].runtime if found else None
+        if runtime is None or (self.troubled and self.random.random() < self.trouble):
+            raise UnavailableError("LEADER_UNREACHABLE", "simulated")
+        if runtime.leader_elsewhere(command.organization):
+            raise UnavailableError("NOT_LEADER", "a forwarded command is never forwarded again")
+        done = await runtime.submit(command, deadline)
+        self.forwarded += 1
+        if self.troubled and self.random.random() < self.trouble:
+            raise UnavailableError("LEADER_UNREACHABLE", "the answer was lost")
+        return done
 
     def spawn(self, body: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(body)
@@ -217,7 +237,7 @@ class Simulation:
             except (UnavailableError, TimeoutError):
                 continue
             self.acknowledged.setdefault(request, []).append(done)
-            if process.runtime is runtime:
+            if process.runtime is runtime and not runtime.leader_elsewhere(organization):
                 view = runtime.snapshot(organization)
                 assert view.token.position >= done.token.position, "an answer outran the view"
             return
