@@ -48,7 +48,7 @@ def _remember(profile: Profile, name: str, value: str, *, use: bool) -> None:
 
 @auth.command("list")
 def auth_list(context: typer.Context) -> None:
-    """Names of the keys in the profile; the current one is marked."""
+    """Names of the keys in the profile; the current one is marked. Example: `swell auth list`."""
     state = session(context)
     profile = state.profile
     for name in sorted(profile.keys):
@@ -63,7 +63,7 @@ def auth_use(context: typer.Context, name: str) -> None:
 
 @auth.command("add")
 def auth_add(context: typer.Context, name: str, value: str) -> None:
-    """Store a key in the profile and use it."""
+    """Store a key in the profile and use it. Example: `swell auth add acme-ci gsw_acme_ci_…`."""
     _remember(session(context).profile, name, value, use=True)
 
 
@@ -96,7 +96,9 @@ def org_create(
 
 @org.command("update")
 def org_update(
-    context: typer.Context, display_name: Annotated[str, typer.Option(help="Name for people.")], name: str = ""
+    context: typer.Context,
+    display_name: Annotated[str, typer.Option(help="Name for people.")],
+    name: Annotated[str, typer.Option(help="Organization; the key's own when left out.")] = "",
 ) -> None:
     """Rename your organization for people. Example: `swell -O acme org update --display-name 'Acme Heating'`."""
     state = session(context)

@@ -40,7 +40,7 @@ def signing_key_generate(context: typer.Context, file: Path) -> None:
 
 @signing_key.command("register")
 def signing_key_register(context: typer.Context, key_id: str, file: Path) -> None:
-    """Register the public half of a key file."""
+    """Register the public half of a key file. Example: `swell signing-key register release release.pem`."""
     state = session(context)
     request = artifacts_pb2.CreateSigningKeyRequest(
         parent=state.product_name(),
@@ -54,7 +54,10 @@ def signing_key_register(context: typer.Context, key_id: str, file: Path) -> Non
 def signing_key_revoke(
     context: typer.Context, name: str, reason: Annotated[str, typer.Option(help="Why, for the audit.")] = ""
 ) -> None:
-    """Revoke a key for good: bundles that need its signature are offered no more."""
+    """Revoke a key for good: bundles that need its signature are offered no more.
+
+    Example: `swell signing-key revoke release --reason "laptop stolen"`
+    """
     state = session(context)
     full = state.name_in_product("signingKeys", name)
     state.output.one(
@@ -145,7 +148,7 @@ def bundle_create(
 
 @bundle.command("sign")
 def bundle_sign(context: typer.Context, name: str, key: Annotated[Path, typer.Option(help="Key file.")]) -> None:
-    """Check a bundle's statement and sign it."""
+    """Check a bundle's statement and sign it. Example: `swell bundle sign fw-1-1-0 --key release.pem`."""
     state = session(context)
     full = state.name_in_product("bundles", name)
     state.output.one(_sign(state, state.client.artifacts.GetBundle(artifacts_pb2.GetBundleRequest(name=full)), key))

@@ -53,7 +53,7 @@ def register(app: typer.Typer) -> None:
 def doctor(context: typer.Context) -> None:
     """Find what is wrong with a set-up, from the profile to the last rollout.
 
-    Examples: `swell doctor`, `swell -O acme doctor --help`, `swell --output json -O acme doctor`.
+    Examples: `swell doctor`, `swell -O acme doctor`, `swell --output json -O acme doctor`.
     """
     state = session(context)
     findings = list(examine(state))

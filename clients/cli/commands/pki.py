@@ -28,7 +28,10 @@ def register(app: typer.Typer) -> None:
 
 @ca.command("code")
 def ca_code(context: typer.Context, code_id: str) -> None:
-    """Get a verification code: make a certificate with it as common name, signed by your CA."""
+    """Get a verification code: make a certificate with it as common name, signed by your CA.
+
+    Example: `swell ca code factory`
+    """
     state = session(context)
     request = pki_pb2.CreateVerificationCodeRequest(parent=state.organization_name(), verification_code_id=code_id)
     state.output.one(state.client.pki.CreateVerificationCode(request))
@@ -316,7 +319,10 @@ def issuing_ca_download(
 def certificate_revoke(
     context: typer.Context, name: str, reason: Annotated[str, typer.Option(help="Why, for the audit.")] = ""
 ) -> None:
-    """Revoke a device certificate (by its SHA-256 fingerprint) for good."""
+    """Revoke a device certificate (by its SHA-256 fingerprint) for good.
+
+    Example: `swell certificate revoke 3f5a…c1 --reason "board lost"`
+    """
     state = session(context)
     full = state.name_in_organization("deviceCertificates", name)
     answer = state.client.pki.RevokeDeviceCertificate(pki_pb2.RevokeDeviceCertificateRequest(name=full, reason=reason))

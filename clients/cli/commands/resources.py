@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -18,7 +17,6 @@ from groundswell.rollout.v1 import rollout_pb2 as rollout
 from groundswell.webhooks.v1 import webhooks_pb2 as webhooks
 
 from clients.cli.context import Session, session
-from clients.sdk import ApiError
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +263,6 @@ def register(app: typer.Typer) -> None:
     app.command("get")(get)
     app.command("list")(list_)
     app.command("audit")(audit)
-    app.command("doctor")(doctor)
 
 
 def get(context: typer.Context, name: str) -> None:
@@ -319,7 +316,10 @@ def audit(
     context: typer.Context,
     service: Annotated[str, typer.Option(help="Only this service.")] = "",
 ) -> None:
-    """Who did what in the organization, merged from all services in the order of time."""
+    """Who did what in the organization, merged from all services in the order of time.
+
+    Example: `swell -O acme audit --service rollout`
+    """
     state = session(context)
     services = [service] if service else list(state.client.audit)
     records: list[Message] = []
@@ -328,32 +328,3 @@ def audit(
         records.extend(state.client.pages(state.client.audit[name].ListAuditRecords, request, "audit_records"))
     records.sort(key=lambda record: (record.occur_time.ToNanoseconds(), record.event_id))  # type: ignore[attr-defined]
     state.output.many(records, ("occur_time", "principal", "event_type", "resource"))
-
-
-def doctor(context: typer.Context) -> None:
-    """Find what is wrong with this set-up: profile, certificates, each service."""
-    state = session(context)
-    profile = state.profile
-    state.output.console.print(f"profile {profile.path}: key '{profile.current}', CA {profile.ca}", highlight=False)
-    bad = 0
-    for name, line in _probe(state):
-        state.output.console.print(f"{name:>10}: {line}", highlight=False, markup=False)
-        bad += line != "ok"
-    raise typer.Exit(1 if bad else 0)
-
-
-def _probe(state: Session) -> Iterator[tuple[str, str]]:
-    probes: dict[str, Callable[[], object]] = {
-        name: lambda stub=stub: stub.ListAuditRecords(  # type: ignore[misc]
-            audit_pb2.ListAuditRecordsRequest(parent=state.organization_name(), page_size=1)
-        )
-        for name, stub in state.client.audit.items()
-    }
-    for name, probe in probes.items():
-        try:
-            probe()
-        except ApiError as error:
-            reachable = error.code in ("PERMISSION_DENIED", "NOT_FOUND")
-            yield name, "ok" if reachable else f"{error.reason or error.code}: {error.message}"
-        else:
-            yield name, "ok"

@@ -164,7 +164,10 @@ def rollout_start(context: typer.Context, name: str) -> None:
 
 @rollout.command("pause")
 def rollout_pause(context: typer.Context, name: str, reason: ReasonOption = "") -> None:
-    """Stop grants; devices that have not got `go` wait."""
+    """Stop grants; devices that have not got `go` wait.
+
+    Example: `swell rollout pause to-1-4-0 --reason "odd reports"`
+    """
     state = session(context)
     full = state.name_in_product("rollouts", name)
     state.output.one(state.client.rollout.PauseRollout(rollout_pb2.PauseRolloutRequest(name=full, reason=reason)))
@@ -172,7 +175,10 @@ def rollout_pause(context: typer.Context, name: str, reason: ReasonOption = "") 
 
 @rollout.command("resume")
 def rollout_resume(context: typer.Context, name: str, reason: ReasonOption = "") -> None:
-    """Go on after a pause or a halt."""
+    """Go on after a pause or a halt.
+
+    Example: `swell rollout resume to-1-4-0`
+    """
     state = session(context)
     full = state.name_in_product("rollouts", name)
     state.output.one(state.client.rollout.ResumeRollout(rollout_pb2.ResumeRolloutRequest(name=full, reason=reason)))
@@ -180,7 +186,10 @@ def rollout_resume(context: typer.Context, name: str, reason: ReasonOption = "")
 
 @rollout.command("abort")
 def rollout_abort(context: typer.Context, name: str, reason: ReasonOption = "") -> None:
-    """End it: nothing more is offered, updated devices stay."""
+    """End it: nothing more is offered, updated devices stay.
+
+    Example: `swell rollout abort to-1-4-0 --reason "superseded"`
+    """
     state = session(context)
     full = state.name_in_product("rollouts", name)
     state.output.one(state.client.rollout.AbortRollout(rollout_pb2.AbortRolloutRequest(name=full, reason=reason)))
@@ -188,7 +197,10 @@ def rollout_abort(context: typer.Context, name: str, reason: ReasonOption = "") 
 
 @rollout.command("roll-back")
 def rollout_roll_back(context: typer.Context, name: str, reason: ReasonOption = "") -> None:
-    """Retract the release and bring devices back to where they came from."""
+    """Retract the release and bring devices back to where they came from.
+
+    Example: `swell rollout roll-back to-1-4-0 --reason "boots slowly"`
+    """
     state = session(context)
     full = state.name_in_product("rollouts", name)
     request = rollout_pb2.RollBackRolloutRequest(name=full, reason=reason)
@@ -197,7 +209,10 @@ def rollout_roll_back(context: typer.Context, name: str, reason: ReasonOption = 
 
 @rollout.command("advance")
 def rollout_advance(context: typer.Context, name: str, reason: ReasonOption = "") -> None:
-    """Pass a stage that awaits approval or is stalled."""
+    """Pass a stage that awaits approval or is stalled.
+
+    Example: `swell rollout advance to-1-4-0 --reason "stragglers are in storage"`
+    """
     state = session(context)
     full = state.name_in_product("rollouts", name)
     state.output.one(state.client.rollout.AdvanceStage(rollout_pb2.AdvanceStageRequest(name=full, reason=reason)))
@@ -367,7 +382,10 @@ def render(update: rollout_pb2.WatchRolloutResponse) -> Table:
 
 @explain.command("device")
 def explain_device(context: typer.Context, name: str) -> None:
-    """Why a device runs what it runs, and why not something else, from stored receipts alone."""
+    """Why a device runs what it runs, and why not something else, from stored receipts alone.
+
+    Example: `swell explain device SN-0042`
+    """
     state = session(context)
     full = state.name_in_product("devices", name)
     answer = state.client.rollout.ExplainDevice(rollout_pb2.ExplainDeviceRequest(name=full))
