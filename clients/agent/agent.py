@@ -192,7 +192,8 @@ class Agent:
         poll = self._config.poll_s if self._config.poll_s is not None else answer.poll_after_s
         self._next_poll = time.monotonic() + max(_LEAST_POLL_S, poll)
         self._acknowledged(len(request.reports), answer.reports_accepted_through)
-        if self._renewal.renew_when_due(answer.server_time):
+        # Not amid a trial: its watchdog must not wait for another program.
+        if self._state.trial is None and self._renewal.renew_when_due(answer.server_time):
             self._next_poll = 0.0
         if answer.kind != "none":
             self._log("answered", answer=answer.kind, reasons=answer.reasons)

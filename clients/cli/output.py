@@ -36,6 +36,8 @@ NEXT_STEPS: Final = {
     "STAGE_NOT_WAITING": "only a stage that awaits approval or is stalled is passed by hand: `swell rollout get …`",
     "MIN_SAMPLE_UNREACHABLE": "lower min, or raise count",
     "SIGNING_KEY_UNKNOWN": "register the public key: `swell signing-key register`",
+    "ISSUING_CA_MISSING": "make one: `swell issuing-ca create`",
+    "ISSUING_CA_EXISTS": "let another one take over: `swell issuing-ca rotate`",
     "PROOF_CODE_USED": "get a new code: `swell ca code`",
 }
 

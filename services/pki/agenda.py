@@ -3,8 +3,8 @@
 Invariants:
 
 * Every certificate that time will still change is in the agenda, with the one moment of its next change.
-* The timer stands no later than the first entry. It may stand earlier, after an entry has gone: then it finds nothing
-  and moves on.
+* The timer stands no later than the first entry, or a pause after the last look. It may stand earlier, after an entry
+  has gone: then it finds nothing and moves on.
 * What is due is told once: the flag or state that tells it is in the same event that takes it off the agenda.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import immutables
 from google.protobuf.message import Message
@@ -24,12 +24,17 @@ from libs.eventlog import Context, Decision, Foreign, NewEvent, Public, Timer
 from libs.names import organization_of, product_of
 from services.pki.model import ALARM, DEFAULT_VALIDITY_MS, Ca, Leaf, State, milliseconds
 
-_HOUR_MS: Final = 3600 * 1000
+_MINUTE_MS: Final = 60 * 1000
+_DAY_MS: Final = 24 * 3600 * 1000
+_NONE: Final[immutables.Map[Any, Any]] = immutables.Map()
 MOST_AT_ONCE: Final = 200
 """Changes in one decision; the rest follows in the next, so that nobody's command waits long."""
+PAUSE_MS: Final = 1000
+"""Between two looks at the agenda: a fleet made in one hour ends in one hour, and nobody counts in milliseconds."""
 _RESOURCE: Final = "agenda"
 _NO_POLICY: Final = registry_pb2.CertificatePolicy()
 
+_Days = immutables.Map[int, immutables.Map[int, immutables.Map[str, int]]]
 M = TypeVar("M", pki_pb2.DeviceCertificate, pki_pb2.CaCertificate, pki_pb2.IssuingCa)
 
 
@@ -85,16 +90,23 @@ def moved(state: State, name: str, due: int | None) -> State:
     before = state.agenda.get(name)
     if before == due:
         return state
-    hours, entries = state.hours, state.agenda
+    days, entries = state.days, state.agenda
     if before is not None:
-        left = hours[before // _HOUR_MS].delete(name)
-        hours = hours.set(before // _HOUR_MS, left) if left else hours.delete(before // _HOUR_MS)
+        days = _without(days, name, before)
         entries = entries.delete(name)
     if due is not None:
-        none: immutables.Map[str, int] = immutables.Map()
-        hours = hours.set(due // _HOUR_MS, hours.get(due // _HOUR_MS, none).set(name, due))
+        day = days.get(due // _DAY_MS, _NONE)
+        minute = day.get(due // _MINUTE_MS, _NONE)
+        days = days.set(due // _DAY_MS, day.set(due // _MINUTE_MS, minute.set(name, due)))
         entries = entries.set(name, due)
-    return replace(state, agenda=entries, hours=hours)
+    return replace(state, agenda=entries, days=days)
+
+
+def _without(days: _Days, name: str, due: int) -> _Days:
+    day = days[due // _DAY_MS]
+    minute = day[due // _MINUTE_MS].delete(name)
+    day = day.set(due // _MINUTE_MS, minute) if minute else day.delete(due // _MINUTE_MS)
+    return days.set(due // _DAY_MS, day) if day else days.delete(due // _DAY_MS)
 
 
 def follow(state: State, image: Message) -> State:
@@ -160,7 +172,10 @@ def fire(state: State, ctx: Context) -> Decision:
             break
     coming = [due for due in handled.values() if due is not None]
     coming.extend(_first(state, handled))
-    return _alarmed(Decision(events=tuple(events)), min(coming, default=0), ctx)
+    at_ms = min(coming, default=0)
+    if at_ms and len(events) < MOST_AT_ONCE:
+        at_ms = max(at_ms, ctx.now_ms + PAUSE_MS)
+    return _alarmed(Decision(events=tuple(events)), at_ms, ctx)
 
 
 def _alarmed(decision: Decision, at_ms: int, ctx: Context) -> Decision:
@@ -188,19 +203,28 @@ def _leaves_of(state: State, product: str) -> Iterable[pki_pb2.DeviceCertificate
 
 
 def _due(state: State, now_ms: int) -> Iterator[str]:
-    for hour in sorted(hour for hour in state.hours if hour * _HOUR_MS <= now_ms):
-        for name, due in state.hours[hour].items():
+    for minute in _minutes(state):
+        for name, due in minute.items():
             if due <= now_ms:
                 yield name
+        if min(minute.values()) > now_ms:
+            return
 
 
 def _first(state: State, handled: Mapping[str, int | None]) -> Iterator[int]:
     """The first entry that was not handled just now."""
-    for hour in sorted(state.hours):
-        left = [due for name, due in state.hours[hour].items() if name not in handled]
+    for minute in _minutes(state):
+        left = [due for name, due in minute.items() if name not in handled]
         if left:
             yield min(left)
             return
+
+
+def _minutes(state: State) -> Iterator[immutables.Map[str, int]]:
+    """What is on the agenda, a minute after the other. Looks no further than it is asked to."""
+    for day in sorted(state.days):
+        for minute in sorted(state.days[day]):
+            yield state.days[day][minute]
 
 
 def _happened(state: State, name: str, ctx: Context) -> tuple[NewEvent, int | None]:

@@ -153,6 +153,7 @@ def _evolve_device(state: State, event: Event) -> State:
                 holders=state.holders.set(_holder_key(image), image.name),
                 admitted=state.admitted.set(ca, state.admitted.get(ca, 0) + 1),
                 next_admission_us=state.next_admission_us.set(ca, due),
+                history=_with_certificate(state, image),
             )
         case events_pb2.CertificateBound() as bound:
             image = bound.device_certificate
@@ -160,7 +161,6 @@ def _evolve_device(state: State, event: Event) -> State:
                 state,
                 certificates=state.certificates.set(image.name, image),
                 openings=state.openings.delete(image.name),
-                history=_with_certificate(state, image),
             )
         case events_pb2.AdmissionRefused() as refused:
             image = refused.device_certificate

@@ -80,8 +80,8 @@ class State:
     """Product -> what the registry says of its certificates; absent means the defaults."""
     agenda: immutables.Map[str, int] = _EMPTY
     """Certificate of any kind -> when time next changes it (ms)."""
-    hours: immutables.Map[int, immutables.Map[str, int]] = _EMPTY
-    """The agenda by the hour, so that what is due first is found without looking at all of it."""
+    days: immutables.Map[int, immutables.Map[int, immutables.Map[str, int]]] = _EMPTY
+    """The agenda by day and minute, so that what is due first is found without looking at all of it."""
     alarm_ms: int = 0
     """Where the partition's timer stands; 0: nowhere."""
 

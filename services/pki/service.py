@@ -15,7 +15,7 @@ from groundswell.pki.v1 import pki_pb2, pki_pb2_grpc
 from libs.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError, UnavailableError
 from libs.eventlog import Deadline, Runtime
 from libs.names import last_segment, organization_of, product_of
-from libs.rpc import page, report_position, snapshot_state, submit
+from libs.rpc import page, parse_filter, report_position, snapshot_state, submit
 from services.pki import admission, agenda, requests, rotation
 from services.pki.authorities import CodeOf, cohorts_of, not_found
 from services.pki.domain import with_count
@@ -205,7 +205,12 @@ class PkiServicer(pki_pb2_grpc.PkiServiceServicer):
         del context
         state = snapshot_state(self._runtime, request.parent)
         prefix = f"{request.parent}/deviceCertificates/"
-        found = ((name, leaf) for name, leaf in state.certificates.items() if name.startswith(prefix))
+        # Those of one device are few, and known without looking at all of the partition's.
+        device = next(
+            (value for path, sign, value in parse_filter(request.filter) if (path, sign) == ("device", "=")), ""
+        )
+        names = state.history.get(device, ()) if device else state.certificates
+        found = ((name, state.certificates[name]) for name in names if name.startswith(prefix))
         items, token = page(found, request)
         return pki_pb2.ListDeviceCertificatesResponse(device_certificates=items, next_page_token=token)
 

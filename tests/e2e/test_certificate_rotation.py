@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import ssl
-import subprocess
-import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import pkcs7
 from cryptography.x509.oid import NameOID
 from groundswell.pki.v1 import pki_pb2
+from typer.testing import CliRunner
 
+from clients.cli.main import app
+from clients.sdk import ApiError
 from demo.factory import Identity
 from demo.steps import wait_until
 from tests.e2e.device import RawDevice
@@ -130,34 +130,19 @@ def test_est_by_hand_from_enrolment_to_a_lost_answer(tenant: Tenant, tmp_path: P
 
 def test_operators_see_and_do_all_of_it_with_swell(tenant: Tenant, tmp_path: Path) -> None:
     device = tenant.enrolled("canary-1")
-    stack = tenant.stack
+    environment = {
+        "GROUNDSWELL_PROFILE": str(tenant.stack.settings.local_dir / "profile.json"),
+        "GROUNDSWELL_API_KEY": tenant.api_key,
+    }
 
     def swell(*arguments: str, form: str = "json") -> str:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "clients.cli",
-                "--output",
-                form,
-                "-O",
-                tenant.organization,
-                "-P",
-                "pump",
-                *arguments,
-            ],
-            env={
-                **os.environ,
-                "GROUNDSWELL_PROFILE": str(stack.settings.local_dir / "profile.json"),
-                "GROUNDSWELL_API_KEY": tenant.api_key,
-            },
-            cwd=stack.settings.root,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        return done.stdout if done.returncode == 0 else json.loads(done.stderr)["error"]["reason"]
+        """What it writes, or the reason of its refusal."""
+        given = ["-o", form, "-O", tenant.organization, "-P", "pump", *arguments]
+        done = CliRunner().invoke(app, given, env=environment)
+        if isinstance(done.exception, ApiError):
+            return done.exception.reason
+        assert done.exit_code == 0, done.output
+        return done.stdout
 
     made = json.loads(swell("issuing-ca", "create", "one", "--days", "100"))
     assert made["state"] == "STATE_ACTIVE"
