@@ -18,8 +18,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from groundswell.artifacts.v1 import artifacts_pb2 as pb
 from groundswell.registry.v1 import registry_pb2
+from typer.testing import CliRunner
 from yarl import URL
 
+from clients.cli.main import app
 from clients.sdk import ApiError, Client
 from clients.sdk.archive import ArchiveError, read_archive
 from clients.sdk.attachments import Document, add_attachment, fetch_attachment
@@ -30,6 +32,7 @@ from libs.errors import GroundswellError
 from tests.integration.artifacts.site import PART, B, Site
 
 SECOND_PART = b"the rest of it"
+pytestmark = pytest.mark.timeout(300)  # many runs of one upload, and processes of `swell`
 
 
 class KilledError(BaseException):
@@ -112,19 +115,24 @@ async def test_every_first_death_is_followed_by_a_whole_upload(site: Site, tmp_p
             assert done.state == B.STATE_SIGNABLE
 
 
-async def swell(site: Site, folder: Path, *arguments: str) -> asyncio.subprocess.Process:
-    """The command line as a process of its own."""
+def environment_of(site: Site, folder: Path) -> dict[str, str]:
+    """Where `swell` finds the site, and with which key it speaks."""
     ca, profile = folder / "ca.pem", folder / "profile.json"
     ca.write_bytes(site.settings.ca)
     endpoints = dict.fromkeys(("pki", "releases", "rollout", "webhooks"), "127.0.0.1:1")
     endpoints |= {service: site.settings.address(service, "public") for service in ("registry", "artifacts")}
     document = {"endpoints": endpoints, "ca": "ca.pem", "gateway": "", "gateway_domain": "", "keys": {}, "current": ""}
     profile.write_text(json.dumps(document))
-    environment = os.environ | {
+    return {
         "GROUNDSWELL_PROFILE": str(profile),
         "GROUNDSWELL_API_KEY": site.key,
         "GROUNDSWELL_PRODUCT": site.product,
     }
+
+
+async def swell(site: Site, folder: Path, *arguments: str) -> asyncio.subprocess.Process:
+    """The command line as a process of its own."""
+    environment = os.environ | environment_of(site, folder)
     command = (sys.executable, "-m", "clients.cli", "-o", "json", *arguments)
     return await asyncio.create_subprocess_exec(
         *command, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
@@ -411,3 +419,65 @@ async def test_t40_a_revoked_key_is_felt_by_whoever_asks_next(site: Site, tmp_pa
     assert (await site.lookup(bundle.name)).not_offerable_reason == "SIGNING_KEY_REVOKED"
     listed = await ran(site, tmp_path, "signing-key", "list", "--filter", "revoked = true")
     assert [one["name"].rpartition("/")[2] for one in listed] == ["two"]
+
+
+async def test_swell_walks_through_everything(site: Site, tmp_path: Path) -> None:
+    """Each command once, on what the ones before it made."""
+
+    environment = environment_of(site, tmp_path)
+
+    async def run(line: str, *more: str) -> Any:
+        arguments = ["-o", "json", *line.split(), *more]
+        result = await asyncio.to_thread(CliRunner().invoke, app, arguments, env=environment)
+        if result.exception is not None:
+            raise result.exception
+        return json.loads(result.stdout)
+
+    firmware = tmp_path / "firmware"
+    firmware.write_bytes(b"firmware")
+    key, archive = str(tmp_path / "release.pem"), str(tmp_path / "fw.tar")
+    await run("signing-key generate", key)
+    await run("signing-key register release", key)
+    assert (await run("artifact create boot --display-name", "Boot loader"))["display_name"] == "Boot loader"
+    assert (await run("artifact update boot --metadata", '{"chip": "m4"}'))["custom_metadata"] == '{"chip":"m4"}'
+    await run("version create boot/1.0.0")
+    await run("version create boot/0.9.0")
+    await run("version delete boot/0.9.0")
+    assert [one["version"] for one in await run("version list boot")] == ["1.0.0"]
+    await run("artifact create app")
+    made = await run("version create app/2.0.0 --needs", "boot >= 1.0.0")
+    assert made["dependencies"][0]["requirement"] == ">= 1.0.0"
+    upload = f"upload {firmware} --target board-a --sign-with {key}"
+    await run(f"{upload} --artifact app --version 2.0.0")
+    process = await swell(
+        site, tmp_path, *["bundle", "create", "fw", "--version", "2.0.0", "--binary", "app/2.0.0/board-a"]
+    )
+    _, error = await process.communicate()
+    assert json.loads(error)["error"]["reason"] == "DEPENDENCY_UNSATISFIED"
+    await run(f"{upload} --artifact boot --version 1.0.0")
+    assert (await run("binary update boot/1.0.0/board-a --metadata", '{"slot": 1}'))["custom_metadata"] == '{"slot":1}'
+    assert [one["state"] for one in await run("binary list boot/1.0.0 --filter state=SIGNED")] == ["STATE_SIGNED"]
+    create = "bundle create fw --version 2.0.0 --binary boot/1.0.0/board-a --binary app/2.0.0/board-a"
+    bundle = await run(f"{create} --sign-with {key}")
+    assert bundle["not_offerable_reason"] == "SIGNATURES_MISSING", "the product wants two"
+    second = str(tmp_path / "second.pem")
+    await run("signing-key generate", second)
+    await run("signing-key register second", second)
+    assert (await run("bundle sign fw --key", second))["offerable"]
+    assert (await run("bundle update fw --display-name", "May"))["display_name"] == "May"
+    await run("bundle export fw", archive)
+    assert (await run(f"bundle import --check {archive}"))["version"] == "2.0.0"
+    assert (await run(f"bundle import {archive}"))["offerable"], "what is there already is the same"
+    process = await swell(site, tmp_path, *["binary", "destroy", "app/2.0.0/board-a"])
+    _, error = await process.communicate()
+    refused = json.loads(error)["error"]
+    assert refused["reason"] == "RESOURCE_IN_USE"
+    assert "--force" in refused["next_step"]
+    gone = await run("binary destroy app/2.0.0/board-a --force --reason", "a key is in it")
+    assert (gone["state"], gone["destroy_reason"]) == ("STATE_DESTROYED", "a key is in it")
+    assert (await run("bundle get fw"))["not_offerable_reason"] == "BINARY_DESTROYED"
+    await run(f"upload {firmware} --artifact app --version 2.1.0")
+    assert (await run("binary reset app/2.1.0/portable --size 9"))["state"] == "STATE_UPLOADABLE"
+    await run("binary delete app/2.1.0/portable")
+    await run("version delete app/2.1.0")
+    assert (await run("artifact get app"))["name"] == f"{site.product}/artifacts/app"
