@@ -33,6 +33,9 @@ class GrpcReferences:
     async def check_product(self, name: str) -> None:
         await self._registry.LookupProduct(registry_pb2.GetProductRequest(name=name))
 
+    async def check_device(self, name: str) -> None:
+        await self._registry.LookupDevice(registry_pb2.GetDeviceRequest(name=name))
+
     async def bundle(self, name: str) -> artifacts_pb2.Bundle:
         found: artifacts_pb2.Bundle = await self._artifacts.LookupBundle(artifacts_pb2.GetBundleRequest(name=name))
         return found

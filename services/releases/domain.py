@@ -253,6 +253,8 @@ class Releases:
                 setattr(changed, path, getattr(command.release, path))
         check_fields(changed, ctx.now_ms)
         check_edit(known, changed, ctx.now_ms)
+        if changed == known:
+            return Decision(result=known)
         cohort = parent_of(known.name)
         check_graph(graph.set(changed.name, changed))
         return self._save(graph, cohort, [changed], [], "release.updated", changed, ctx)

@@ -17,7 +17,7 @@ from groundswell.releases.v1 import releases_pb2 as pb
 from libs.names import product_of
 from libs.resolution import Code
 from services.releases.domain import State
-from services.releases.views import device_of, resolve_devices
+from services.releases.views import Derived, device_of, resolve_devices
 
 _REGISTRY: Final = "groundswell.registry.v1.RegistryService"
 _RELEASES: Final = "groundswell.releases.v1.ReleasesService"
@@ -80,13 +80,17 @@ REMEDIES: Final[Mapping[Code, _Of]] = {
 
 
 def explanation(
-    state: State, name: str, running: registry_pb2.ReportedState | None, now_ms: int
+    state: State,
+    name: str,
+    running: registry_pb2.ReportedState | None,
+    now_ms: int,
+    derived: Derived | None = None,
 ) -> pb.ExplainDeviceResponse:
     """The dry run of one device, with the first reason that blocks and its remedy."""
     product = product_of(name)
     supposed = pb.SupposedDevice(device=name, running=running)
     facts = device_of(state, product, name, "name")
-    (found,) = resolve_devices(state, product, (), (supposed,), now_ms)
+    (found,) = resolve_devices(state, product, (), (supposed,), now_ms, derived)
     reported = registry_pb2.ReportedState(
         release=facts.release, bundle=facts.bundle, version=facts.version, security_version=facts.security_floor
     )

@@ -144,9 +144,14 @@ def _check(override: pb.BundleOverride) -> None:
 
 def _check_devices(devices: Iterable[str], product: str, field: str) -> None:
     for device in devices:
-        rest = device.removeprefix(f"{product}/devices/")
-        if rest == device or not rest or "/" in rest:
+        if not is_device_of(device, product):
             raise InvalidArgumentError("INVALID_FIELD", f"'{device[:200]}' is not a device of {product}", field=field)
+
+
+def is_device_of(name: str, product: str) -> bool:
+    """Whether the name has the form of a device of the product."""
+    rest = name.removeprefix(f"{product}/devices/")
+    return rest != name and bool(rest) and "/" not in rest
 
 
 def _find(overrides: Overrides, name: str) -> pb.BundleOverride:

@@ -21,6 +21,7 @@ from services.releases import domain, overrides, views
 from services.releases.domain import State
 from services.releases.explain import explanation
 from services.releases.graph import MAX_DESCRIPTION
+from services.releases.overrides import is_device_of
 
 _CHOSEN: Final = frozenset(
     {
@@ -43,6 +44,10 @@ _OF_ROLLOUT: Final = frozenset(
 _PROMOTED: Final = frozenset(
     {"bundle", "version", "version_requirement", "security_version", "required", "description"}
 )
+_NOT_PROMOTED: Final = {
+    True: ("RELEASE_RETRACTED", "was retracted for good: nobody should get it"),
+    False: ("RELEASE_DISABLED", "is disabled: enable it before it goes further"),
+}
 MAX_RESOLVED: Final = 500
 
 
@@ -53,6 +58,9 @@ class References(Protocol):
         """Raises NOT_FOUND."""
 
     async def check_product(self, name: str) -> None:
+        """Raises NOT_FOUND."""
+
+    async def check_device(self, name: str) -> None:
         """Raises NOT_FOUND."""
 
     async def bundle(self, name: str) -> artifacts_pb2.Bundle:
@@ -118,6 +126,7 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         self._runtime = runtime
         self._references = references
         self._now_ms = now_ms
+        self._derived = views.Derived()
 
     async def CreateRelease(self, request: Any, context: Any) -> pb.Release:
         name = f"{request.parent}/releases/{request.release_id}"
@@ -167,10 +176,9 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         graph = snapshot_state(self._runtime, name).graphs.get(request.cohort)
         if graph is None or name not in graph:
             # What was promoted already is answered from the log, whatever has become of it since.
-            if source.retracted:
-                raise FailedPreconditionError(
-                    "RELEASE_RETRACTED", f"{source.name} was retracted for good", resource=source.name
-                )
+            if source.retracted or source.disabled:
+                reason, said = _NOT_PROMOTED[source.retracted]
+                raise FailedPreconditionError(reason, f"{source.name} {said}", resource=source.name)
             await self._references.check_cohort(request.cohort)
             await offerable_bundle(self._references, source.bundle, product_of(name), "name")
         command = domain.Promote(release)
@@ -181,12 +189,13 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         state = snapshot_state(self._runtime, request.cohort)
         if request.cohort not in state.graphs:
             await self._references.check_cohort(request.cohort)
-        return views.graph_image(state, request.cohort, self._now_ms())
+        return views.graph_image(state, request.cohort, self._now_ms(), self._derived)
 
     async def CreateBundleOverride(self, request: Any, context: Any) -> pb.BundleOverride:
         await self._references.check_product(request.parent)
         bundle = request.bundle_override.bundle
         await offerable_bundle(self._references, bundle, request.parent, "bundle_override.bundle")
+        await self._check_devices(request.parent, request.bundle_override.devices)
         override = pb.BundleOverride()
         override.CopyFrom(request.bundle_override)
         override.name = f"{request.parent}/bundleOverrides/{request.bundle_override_id}"
@@ -212,6 +221,8 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         if "bundle" in request.update_mask.paths:
             product = product_of(wanted.name)
             await offerable_bundle(self._references, wanted.bundle, product, "bundle_override.bundle")
+        if "devices" in request.update_mask.paths:
+            await self._check_devices(product_of(wanted.name), wanted.devices)
         command = overrides.UpdateOverride(wanted, tuple(request.update_mask.paths))
         updated: pb.BundleOverride = await submit(
             self._runtime, organization_of(wanted.name), command, request, context
@@ -219,6 +230,7 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         return updated
 
     async def AddDevices(self, request: Any, context: Any) -> pb.BundleOverride:
+        await self._check_devices(product_of(request.name), request.devices)
         command = overrides.ChangeDevices(request.name, request.etag, add=tuple(request.devices))
         changed: pb.BundleOverride = await submit(
             self._runtime, organization_of(request.name), command, request, context
@@ -245,14 +257,25 @@ class ReleasesServicer(releases_pb2_grpc.ReleasesServiceServicer):
         state = snapshot_state(self._runtime, request.parent)
         self._refuse_parked(request.parent, [*request.devices, *(like.device for like in request.supposed_devices)])
         now_ms = request.at_time.ToMilliseconds() if request.HasField("at_time") else self._now_ms()
-        found = views.resolve_devices(state, request.parent, request.devices, request.supposed_devices, now_ms)
+        found = views.resolve_devices(
+            state, request.parent, request.devices, request.supposed_devices, now_ms, self._derived
+        )
         return pb.ResolveDevicesResponse(resolutions=found, view=self._view(request.parent))
 
     async def ExplainDevice(self, request: Any, context: Any) -> pb.ExplainDeviceResponse:
         state = snapshot_state(self._runtime, request.name)
         self._refuse_parked(request.name, [request.name])
         running = request.running if request.HasField("running") else None
-        return explanation(state, request.name, running, self._now_ms())
+        return explanation(state, request.name, running, self._now_ms(), self._derived)
+
+    async def _check_devices(self, product: str, names: Sequence[str]) -> None:
+        """Those that have not arrived here yet are asked for; names of another form are refused by the decision."""
+        if not names:
+            return
+        known = snapshot_state(self._runtime, product).devices
+        for name in names:
+            if name not in known and is_device_of(name, product):
+                await self._references.check_device(name)
 
     def _refuse_parked(self, within: str, names: Sequence[str]) -> None:
         """What is not understood is not guessed."""

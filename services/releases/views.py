@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeVar
 
 from groundswell.registry.v1 import registry_pb2
 from groundswell.releases.v1 import releases_pb2 as pb
@@ -18,29 +18,70 @@ from services.releases.domain import Fleet, Graph, State
 from services.releases.graph import is_phased, is_scheduled
 from services.releases.lint import Lint
 
+V = TypeVar("V")
 _ENDED: Final = "COMPLETED"
+_MAX_DERIVED: Final = 256
+"""Of so many cohorts and products things are kept, of others they are made again."""
 _MAX_PLANS: Final = 8
 """Rollouts of a cohort that an explanation goes into: the newest."""
 
 
+class Derived:
+    """What resolution needs of a state and is costly to make: kept while what it is made of is the same object."""
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[str, tuple[object, CohortGraph]] = OrderedDict()
+        self._overrides: OrderedDict[str, tuple[object, Mapping[str, Sequence[OverrideFacts]]]] = OrderedDict()
+        self._plans: OrderedDict[str, tuple[object, Mapping[str, Sequence[PlanFacts]]]] = OrderedDict()
+
+    def graph(self, state: State, cohort: str) -> CohortGraph | None:
+        """The cohort's graph, None when it has no releases."""
+        releases = state.graphs.get(cohort)
+        if not releases:
+            return None
+        return _kept(self._graphs, cohort, releases, lambda: cohort_graph(cohort, releases.values()))
+
+    def overrides(self, state: State, product: str) -> Mapping[str, Sequence[OverrideFacts]]:
+        """Overrides of each of the product's devices that has any."""
+        return _kept(self._overrides, product, state.overrides, lambda: _overrides_of(state, product))
+
+    def plans(self, state: State, product: str) -> Mapping[str, Sequence[PlanFacts]]:
+        """Rollouts that mean a cohort of the product and may still hold it back, newest first."""
+        return _kept(self._plans, product, state.plans, lambda: _plans_of(state, product))
+
+
+def _kept(known: OrderedDict[str, tuple[object, V]], key: str, source: object, make: Callable[[], V]) -> V:
+    found = known.get(key)
+    if found is None or found[0] is not source:
+        found = known[key] = (source, make())
+        while len(known) > _MAX_DERIVED:
+            known.popitem(last=False)
+    known.move_to_end(key)
+    return found[1]
+
+
 def resolve_devices(
-    state: State, product: str, names: Sequence[str], supposed: Sequence[pb.SupposedDevice], now_ms: int
+    state: State,
+    product: str,
+    names: Sequence[str],
+    supposed: Sequence[pb.SupposedDevice],
+    now_ms: int,
+    derived: Derived | None = None,
 ) -> list[pb.Resolution]:
     """One resolution for each name, then one for each supposed device, in their order.
 
     Raises for a name that is no device of the product, and for a cohort that is none of its.
     """
+    derived = derived or Derived()
     asked = [device_of(state, product, name, f"devices[{index}]") for index, name in enumerate(names)]
     asked += [_supposed(state, product, like, f"supposed_devices[{index}]") for index, like in enumerate(supposed)]
-    overrides = overrides_of(state, frozenset(facts.name for facts in asked), product)
-    cohorts = {facts.cohort for facts in asked} - {""}
-    graphs = {cohort: graph_of(state, cohort) for cohort in cohorts}
-    plans = plans_of(state, cohorts)
+    overrides = derived.overrides(state, product)
+    plans = derived.plans(state, product)
     found = []
     for facts in asked:
         resolution = resolve(
             facts,
-            graphs.get(facts.cohort),
+            derived.graph(state, facts.cohort),
             overrides.get(facts.name, ()),
             state.bundles,
             plans.get(facts.cohort, ()),
@@ -96,11 +137,12 @@ def _supposed(state: State, product: str, like: pb.SupposedDevice, field: str) -
     return facts
 
 
-def graph_image(state: State, cohort: str, now_ms: int) -> pb.Graph:
+def graph_image(state: State, cohort: str, now_ms: int, derived: Derived | None = None) -> pb.Graph:
     """The graph in walk order, with who stands where and what is wrong with it."""
     fleet = state.fleets.get(cohort, Fleet())
     releases = state.graphs.get(cohort, Graph())
-    lint = Lint(cohort_graph(cohort, releases.values()), state.bundles, fleet)
+    graph = (derived or Derived()).graph(state, cohort) or CohortGraph(cohort)
+    lint = Lint(graph, state.bundles, fleet)
     standing: Counter[str] = Counter()
     entering: Counter[str] = Counter()
     for place in lint.places:
@@ -146,29 +188,21 @@ def _state_of(lint: Lint, node: ReleaseNode, release: pb.Release, now_ms: int) -
     return pb.GraphNode.STATE_PHASED if is_phased(release) else pb.GraphNode.STATE_OPEN
 
 
-def graph_of(state: State, cohort: str) -> CohortGraph | None:
-    """The cohort's graph, None when it has never had one."""
-    releases = state.graphs.get(cohort)
-    return cohort_graph(cohort, releases.values()) if releases else None
-
-
-def overrides_of(state: State, devices: frozenset[str], product: str) -> Mapping[str, Sequence[OverrideFacts]]:
-    """Overrides that name any of the devices."""
+def _overrides_of(state: State, product: str) -> Mapping[str, Sequence[OverrideFacts]]:
     found: dict[str, list[OverrideFacts]] = {}
-    prefix = f"{product}/"
     for name, override in state.overrides.items():
-        if name.startswith(prefix):
-            for device in devices.intersection(override.devices):
-                found.setdefault(device, []).append(override_facts(override))
+        if name.startswith(f"{product}/"):
+            facts = override_facts(override)
+            for device in override.devices:
+                found.setdefault(device, []).append(facts)
     return found
 
 
-def plans_of(state: State, cohorts: set[str]) -> Mapping[str, Sequence[PlanFacts]]:
-    """Rollouts that mean a cohort and may still hold it back, newest first."""
+def _plans_of(state: State, product: str) -> Mapping[str, Sequence[PlanFacts]]:
     found: dict[str, list[PlanFacts]] = {}
-    for plan in state.plans.values():
-        if plan.state != _ENDED:
-            for cohort in cohorts.intersection(stage.cohort for stage in plan.stages):
+    for name, plan in state.plans.items():
+        if plan.state != _ENDED and name.startswith(f"{product}/"):
+            for cohort in {stage.cohort for stage in plan.stages}:
                 found.setdefault(cohort, []).append(plan)
     return {
         cohort: sorted(plans, key=lambda plan: (-plan.created_ms, plan.rollout))[:_MAX_PLANS]

@@ -136,6 +136,11 @@ def test_a_share_of_all_is_final(fold: Fold) -> None:
     fold.do(create("b"))
 
 
+def test_an_update_that_changes_nothing_writes_nothing(fold: Fold) -> None:
+    fold.do(create("a", description="why"))
+    assert fold.do(update("a", "description", "disabled", description="why")).events == ()
+
+
 def test_lowering_a_share_to_nothing_does_not_open_the_release_to_all(fold: Fold) -> None:
     fold.do(create("a", phase=SHARE))
     assert fold.refused(update("a", "phase", phase=pb.Phase(share_ppm=0))) == "INVALID_FIELD"

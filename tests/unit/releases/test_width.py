@@ -90,6 +90,8 @@ async def test_promotions_that_are_refused(here: World) -> None:
     assert await refusal(here.public.PromoteRelease(promotion("a", cohort=COHORT, release_id="m"), here.context)) == (
         "RELEASE_CONFLICT"
     )
+    await here.create("d", disabled=True)
+    assert await refusal(here.public.PromoteRelease(promotion("d"), here.context)) == "RELEASE_DISABLED"
     await here.internal.RetractRelease(pb.RetractReleaseRequest(name=name_of("m"), rollout=ROLLOUT), here.context)
     assert await refusal(here.public.PromoteRelease(promotion("m"), here.context)) == "RELEASE_RETRACTED"
     await here.public.PromoteRelease(promotion("a", phase=pb.Phase(count=1)), here.context)
@@ -174,6 +176,35 @@ async def test_devices_are_resolved_as_they_might_be(here: World) -> None:
     assert answer.resolutions[1].steps[-1].code == "NOT_YET_SCHEDULED"
 
 
+async def test_what_is_kept_for_dry_runs_follows_every_change(here: World) -> None:
+    await has_bundles(here, "b0", "b1")
+    device = await has_device(here, "SN-1", version="0.9.0")
+
+    async def offered() -> list[str]:
+        (found,) = await here.resolve("SN-1")
+        return [one.release or one.bundle_override for one in found.candidates]
+
+    assert await offered() == []
+    await here.create("a", "b0", version="1.0.0", version_requirement="< 1.0.0")
+    assert await offered() == [name_of("a")]
+    await here.create("b", "b1", version="1.1.0")
+    assert await offered() == [name_of("b"), name_of("a")]
+    disable = pb.UpdateReleaseRequest(
+        release=pb.Release(name=name_of("b"), disabled=True), update_mask=FieldMask(paths=["disabled"])
+    )
+    await here.public.UpdateRelease(disable, here.context)
+    assert await offered() == [name_of("a")]
+    create = pb.CreateBundleOverrideRequest(
+        parent=PRODUCT,
+        bundle_override_id="lab",
+        bundle_override=pb.BundleOverride(bundle=bundle_of("b1"), devices=[device]),
+    )
+    made = await here.public.CreateBundleOverride(create, here.context)
+    assert await offered() == [made.name]
+    await here.public.RemoveDevices(pb.RemoveDevicesRequest(name=made.name, devices=[device]), here.context)
+    assert await offered() == [name_of("a")]
+
+
 async def test_suppositions_that_are_refused(here: World) -> None:
     device = await has_device(here, "SN-1")
     other = "organizations/other/products/thermostat/devices/SN-1"
@@ -247,6 +278,15 @@ async def test_an_override_is_edited_over_the_api(here: World) -> None:
     devices = [f"{PRODUCT}/devices/{serial}" for serial in "ab"]
     added = await here.public.AddDevices(pb.AddDevicesRequest(name=name, devices=devices, etag=made.etag), here.context)
     assert list(added.devices) == devices
+    for known, reason in ((f"{PRODUCT}/devices/x", "RESOURCE_NOT_FOUND"), (COHORT, "INVALID_FIELD")):
+        wrong = pb.AddDevicesRequest(name=name, devices=[known])
+        assert await refusal(here.public.AddDevices(wrong, here.context)) == reason
+        image = pb.BundleOverride(name=name, devices=[known])
+        mask = FieldMask(paths=["devices"])
+        edit = pb.UpdateBundleOverrideRequest(bundle_override=image, update_mask=mask)
+        assert await refusal(here.public.UpdateBundleOverride(edit, here.context)) == reason
+        create.bundle_override_id, create.bundle_override.devices[:] = "other", [known]
+        assert await refusal(here.public.CreateBundleOverride(create, here.context)) == reason
     stale = pb.RemoveDevicesRequest(name=name, devices=devices, etag=made.etag)
     assert await refusal(here.public.RemoveDevices(stale, here.context)) == "ETAG_MISMATCH"
     left = await here.public.RemoveDevices(pb.RemoveDevicesRequest(name=name, devices=devices[:1]), here.context)

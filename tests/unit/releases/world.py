@@ -120,6 +120,7 @@ class References:
     def __init__(self) -> None:
         self.cohorts = {COHORT}
         self.products = {PRODUCT}
+        self.devices = {f"{PRODUCT}/devices/{serial}" for serial in ("a", "b", "c")}
         self.bundles: dict[str, artifacts_pb2.Bundle] = {
             bundle_of(f"b{n}"): bundle_image(f"b{n}", f"1.{n}.0") for n in range(5)
         }
@@ -129,6 +130,9 @@ class References:
 
     async def check_product(self, name: str) -> None:
         self._check(name, self.products)
+
+    async def check_device(self, name: str) -> None:
+        self._check(name, self.devices)
 
     async def bundle(self, name: str) -> artifacts_pb2.Bundle:
         self._check(name, set(self.bundles))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from libs import resolution
 from libs.resolution import in_share
 from libs.resolution.buckets import bucket, uid_bytes
+from tests.unit.resolution.fleet import ask, chain, codes, device
 
 VECTORS = json.loads((Path(resolution.__file__).parent / "vectors.json").read_text())["vectors"]
 ids = st.binary(min_size=16, max_size=16)
@@ -55,3 +56,18 @@ def test_shares_are_uniform_and_salts_independent() -> None:
     # Six standard deviations of a binomial: 2,000 +- 255, and both at once 200 +- 85.
     assert all(1_745 < len(some) < 2_255 for some in held)
     assert 115 < len(held[0] & held[1]) < 285
+
+
+@given(ids, st.dictionaries(ids, st.integers(0, 4), min_size=1, max_size=12), st.lists(shares, min_size=5, max_size=5))
+def test_n7_a_late_joiner_is_judged_as_if_it_had_been_there_all_along(
+    salt: bytes, joins: dict[bytes, int], asked: list[int]
+) -> None:
+    """A share that grows step by step; devices join at any step. Who is inside is told by the share alone."""
+    inside: set[bytes] = set()
+    for step, share in enumerate(sorted(asked)):
+        graph = chain({}, {"share_ppm": share, "salt": salt})
+        here = [uid for uid, joined in joins.items() if joined <= step]
+        now = {uid for uid in here if "NOT_IN_SHARE" not in codes(ask(device(uid=uid, release="r0"), graph))}
+        assert now == {uid for uid in here if in_share(salt, uid, share)}
+        assert inside <= now, "nobody who was inside is outside of a larger share"
+        inside = now
