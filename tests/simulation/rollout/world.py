@@ -99,6 +99,8 @@ class Leader:
         self.confirmed_floor: dict[str, int] = {}
         self.failures: Counter[tuple[str, str]] = Counter()
         """By device and rollout, recounted from the log."""
+        self.allowed: Counter[tuple[str, str]] = Counter()
+        """Tries that were given to one device."""
         self.granted_ms: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
         """Moments of forward grants, by rollout and stage."""
         self.sizes: list[int] = []
@@ -153,6 +155,8 @@ class Leader:
             moved = self.state.attempts[it.attempt]
             if moved.kind == FORWARD:
                 self.failures[moved.device, moved.rollout] += 1
+        if isinstance(it, events_pb2.RetryAllowed):
+            self.allowed[it.device, it.rollout] += 1
         if isinstance(it, events_pb2.GoGiven):
             self._check_go(before, it)
         if not isinstance(it, events_pb2.AttemptGranted):
@@ -168,7 +172,8 @@ class Leader:
             if attempt.kind == FORWARD:
                 assert attempt.stage <= plan.control.current_stage, "I2"
                 assert plan.control.state == Rollout.STATE_RUNNING, "I3"
-                assert self.failures[attempt.device, attempt.rollout] <= plan.control.retries, "T79"
+                tries = plan.control.retries + self.allowed[attempt.device, attempt.rollout]
+                assert self.failures[attempt.device, attempt.rollout] <= tries, "T79"
                 self._check_rate(attempt, stage.max_grants_per_minute)
             else:
                 assert plan.control.state in GOES_BACK, "I3"
