@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import immutables
 from groundswell.webhooks.v1 import events_pb2 as events
@@ -83,9 +83,9 @@ def record(state: State, command: RecordDeliveries, ctx: Context) -> Decision:
     return Decision(events=tuple(new))
 
 
-def _health_event(current: Endpoint, now: Image.Health.ValueType, ctx: Context) -> NewEvent | None:
+def _health_event(current: Endpoint, reported: int, ctx: Context) -> NewEvent | None:
     """Tells of a change that has come to stay; the first success of a new endpoint is none."""
-    before = current.health
+    before, now = current.health, cast("Image.Health.ValueType", reported)
     if now in {before, Image.HEALTH_UNSPECIFIED} or (now == Image.HEALTH_WELL and before not in _BAD):
         return None
     if ctx.now_ms - current.health_since_ms < HEALTH_EVERY_MS:

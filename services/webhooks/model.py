@@ -7,7 +7,7 @@ or an exception — and capped sets of exceptions, dead letters and the latest d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
 import immutables
 from groundswell.webhooks.v1 import events_pb2 as events
@@ -72,7 +72,8 @@ class Endpoint:
     delivered: int = 0
     failing_since_ms: int = 0
     """First failure after the last success; 0 while there is none."""
-    health: pb.WebhookEndpoint.Health.ValueType = pb.WebhookEndpoint.HEALTH_UNSPECIFIED
+    health: int = 0
+    """A ``WebhookEndpoint.Health``; its own type exists for type checkers only, and states are stored by type."""
     health_since_ms: int = 0
     verify_failures: int = 0
     """Attempts to verify it that failed since it was asked for."""
@@ -168,7 +169,8 @@ class RecordDeliveries:
     moves: tuple[Move, ...]
     gone: bool = False
     """The receiver answered 410."""
-    health: pb.WebhookEndpoint.Health.ValueType = pb.WebhookEndpoint.HEALTH_UNSPECIFIED
+    health: int = 0
+    """A ``WebhookEndpoint.Health``; 0 when there is nothing to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,7 @@ def shown(endpoint: Endpoint) -> pb.WebhookEndpoint:
     image = pb.WebhookEndpoint()
     image.CopyFrom(endpoint.image)
     image.delivered_count = endpoint.delivered
-    image.health = endpoint.health
+    image.health = cast("pb.WebhookEndpoint.Health.ValueType", endpoint.health)
     if image.state == pb.WebhookEndpoint.STATE_PENDING and endpoint.verify_reason:
         image.state_reason = endpoint.verify_reason
     return image

@@ -24,6 +24,8 @@ DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 _EXAMPLE_MS: Final = 1_767_225_600_123
 _NOUNS: Final[dict[str, tuple[str, ...]]] = {
     "AttemptChanged": ("device",),
+    "CaCertificateChanged": ("ca_certificate", "ca"),
+    "DeviceCertificateChanged": ("device_certificate", "certificate"),
     "DeviceReported": ("device", "identity"),
     "GraphChanged": ("release",),
     "WebhookEndpointChanged": ("webhook",),

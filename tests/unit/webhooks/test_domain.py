@@ -10,6 +10,7 @@ from groundswell.webhooks.v1 import events_pb2 as events
 from groundswell.webhooks.v1 import webhooks_pb2 as pb
 
 from libs.errors import AbortedError, DomainError, InvalidArgumentError, NotFoundError
+from libs.eventlog.freeze import Codec, reachable
 from services.webhooks.model import (
     DISABLE_AFTER_MS,
     MAX_DEAD,
@@ -19,6 +20,9 @@ from services.webhooks.model import (
     DeleteEndpoint,
     Move,
     RecordDeliveries,
+    RotateSecret,
+    StartReplay,
+    State,
     UpdateEndpoint,
 )
 from tests.unit.webhooks.support import NAME, OTHER, PLACE, World
@@ -196,3 +200,14 @@ def test_states_are_values() -> None:
     record(world, Move(PLACE, 30, delivered=1))
     assert before.streams[PLACE].cursor == 9
     assert replace(before) == before
+
+
+def test_a_state_can_be_stored_and_read_back() -> None:
+    world = World()
+    made = world.create(ordering=pb.WebhookEndpoint.ORDERING_STRICT)
+    record(world, Move(PLACE, 30, (failed(25), failed(26, dead=True)), delivered=1))
+    world.do(StartReplay(pb.Replay(name=f"{NAME}/replays/r"), ((PLACE, 40),)))
+    world.do(RotateSecret(NAME, 1_000, ""))
+    assert made.name in world.state.endpoints
+    codec = Codec(reachable(State))
+    assert codec.unpack(codec.pack(world.state)) == world.state
