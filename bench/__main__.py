@@ -11,6 +11,8 @@ from deploy.local.settings import load
 BENCHMARKS = (
     "bench.resolve",
     "bench.log_submit",
+    "bench.log_commit",
+    "bench.log_cold_start",
     "bench.grants",
     "bench.rollout_scale",
     "bench.checkins",
