@@ -120,7 +120,7 @@ def _rules(field: FieldDescriptor) -> validate_pb2.FieldRules:
 def from_pattern(pattern: str, organization: str) -> str:
     """A text of the form that a name's pattern describes. Names of organizations become the given one."""
     text = pattern.strip("^$").replace(_ORGANIZATION, f"organizations/{organization}")
-    text = re.sub(r"\(([^()|]*)(?:\|[^()]*)?\)\??", r"\1", text)
+    text = re.sub(r"\(([^()|]*)(?:\|[^()]*)?\)[?+*]?", r"\1", text)
     text = _CLASS.sub(lambda match: _of_class(match[1]) * int(match[2] or 1), text)
     text = text.replace("\\", "")
     assert re.search(pattern, text), f"{text!r} is not of the form {pattern!r}"
