@@ -38,6 +38,7 @@ OPERATE = (
     "pki.*",
     "registry.devices.*",
     "registry.cohorts.*",
+    "registry.deviceImports.*",
 )
 ROLES = {"viewer": VIEW, "operator": OPERATE, "admin": ("*",), "owner": ("*",)}
 PLATFORM = ("registry.organizations.*", "registry.gateways.*")

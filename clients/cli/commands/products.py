@@ -137,10 +137,12 @@ def _choice(value: str, known: Mapping[str, int], option: str) -> int:
     return known[value]
 
 
-def _signatures(wanted: registry_pb2.ConfigurationPolicy, signatures: int, binary_signatures: int) -> list[str]:
+def _signatures(
+    wanted: registry_pb2.ConfigurationPolicy, signatures: int | None, binary_signatures: int | None
+) -> list[str]:
     paths = []
     for field, value in (("required_signatures", signatures), ("required_binary_signatures", binary_signatures)):
-        if value >= 0:
+        if value is not None:
             setattr(wanted, field, value)
             paths.append(field)
     return paths
@@ -174,8 +176,8 @@ def policy_set(
     poll_interval: Annotated[str, typer.Option(help="Time between polls, e.g. 5m.")] = "",
     poll_jitter: Annotated[str, typer.Option(help="Random addition to it, e.g. 30s.")] = "",
     development_ca: Annotated[bool | None, typer.Option(help="Take devices of development CAs.")] = None,
-    signatures: Annotated[int, typer.Option(help="Signatures that a bundle needs, 1 to 16.", min=0)] = -1,
-    binary_signatures: Annotated[int, typer.Option(help="Signatures that each binary needs.", min=0)] = -1,
+    signatures: Annotated[int | None, typer.Option(help="Signatures that a bundle needs, 1 to 16.", min=0)] = None,
+    binary_signatures: Annotated[int | None, typer.Option(help="Signatures that each binary needs.", min=0)] = None,
     failure_action: Annotated[str, typer.Option(help="When a gate trips: pause or roll-back.")] = "",
     window: Annotated[str, typer.Option(help="Maintenance window, e.g. 02:00+4h@Europe/Vienna.")] = "",
     window_days: Annotated[str, typer.Option(help="Its weekdays, e.g. mon,tue,sat; none means all.")] = "",
