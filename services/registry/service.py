@@ -163,7 +163,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         return await self._do(request.parent, domain.BatchUpdateDevices(request), request, context)
 
     async def RetireDevice(self, request: pb.RetireDeviceRequest, context: Any) -> Any:
-        return await self._do(request.name, domain.RetireDevice(request.name, request.etag), request, context)
+        return await self._do(
+            request.name, domain.RetireDevice(request.name, request.etag, request.reason), request, context
+        )
 
     async def CreateMember(self, request: pb.CreateMemberRequest, context: Any) -> Any:
         command = domain.CreateMember(request.parent, request.member_id, request.member)

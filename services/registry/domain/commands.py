@@ -75,6 +75,7 @@ class RetireDevice:
 
     name: str
     etag: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

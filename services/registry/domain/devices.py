@@ -255,15 +255,16 @@ def retire(state: State, command: ask.RetireDevice, ctx: Context, _quotas: Quota
     check_etag(command.etag, current.etag, current.name)
     if not is_active(current):
         raise wrong_state(current.name, "is retired already")
-    return _retired(current, ctx)
+    rules.check_text("reason", command.reason, rules.REASON_LIMIT)
+    return _retired(current, ctx, command.reason)
 
 
-def _retired(current: pb.Device, ctx: Context) -> Decision:
+def _retired(current: pb.Device, ctx: Context, reason: str = "") -> Decision:
     device = _copy(current)
     device.state = pb.Device.STATE_RETIRED
     device.etag = next_etag(ctx, device.name)
     timers = (timer_id(device.name),) if current.HasField("quarantine_end_time") else ()
-    return Decision(events=(device_event(device, "device.retired"),), result=device, clear_timers=timers)
+    return Decision(events=(device_event(device, "device.retired", reason),), result=device, clear_timers=timers)
 
 
 def learned(state: State, record: Foreign, ctx: Context, _quotas: Quotas) -> Decision:

@@ -217,7 +217,7 @@ def cancel(state: State, command: ask.CancelDeviceImport, ctx: Context, _quotas:
     if current.state == Image.STATE_CANCELLED:
         return Decision(result=current)
     check_etag(command.etag, current.etag, current.name)
-    check_text("reason", command.reason, rules.TEXT_LIMIT)
+    check_text("reason", command.reason, rules.REASON_LIMIT)
     if current.state == Image.STATE_COMPLETED:
         raise _refuse_state(current, "there is nothing left to stop")
     return _cancelled(current, command.reason or "cancelled by an operator", ctx)

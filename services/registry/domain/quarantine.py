@@ -33,12 +33,12 @@ def timer_id(device: str) -> str:
     return f"{TIMER_KIND}/{device}"
 
 
-def device_event(device: pb.Device, change: str) -> NewEvent:
-    """A device's new image."""
+def device_event(device: pb.Device, change: str, reason: str = "") -> NewEvent:
+    """A device's new image; the operator's reason is for the audit alone."""
     return NewEvent(
         organization_of(device.name),
         device.name,
-        ev.DeviceSaved(device=device, change=change),
+        ev.DeviceSaved(device=device, change=change, reason=reason),
         (Public(device.name, ev.DeviceChanged(device=device, change=change)),),
     )
 

@@ -22,6 +22,7 @@ M = TypeVar("M", bound=Message)
 DEVICE_FIELDS: Final = ("cohort", "tags", "target", "description", "quarantined", "quarantine_reason")
 NAME_LIMIT: Final = 128
 TEXT_LIMIT: Final = 256
+REASON_LIMIT: Final = 1024
 TAG_LIMIT: Final = 64
 _TAG: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 _TARGET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|")

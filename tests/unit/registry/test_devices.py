@@ -16,8 +16,9 @@ from libs.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
+from libs.eventlog import Event
 from services.registry import domain as ask
-from services.registry.domain import find
+from services.registry.domain import State, find
 from tests.unit.registry.world import CONFIRMED, FAILED, ORG, PRINT, PUMP, REVERTED, World, furnished
 
 VALVE = f"{ORG}/products/valve"
@@ -116,6 +117,21 @@ def test_quarantine_by_hand_has_its_own_changes(world: World) -> None:
     assert (freed.quarantined, freed.quarantine_reason, world.changes()[-1]) == (False, "", "device.released")
     world.do(ask.BatchUpdateDevices(Batch(parent=PUMP, names=names(1, 2), quarantine=Batch.QUARANTINE_RELEASED)))
     assert world.changes()[-1] == "device.released"
+
+
+def test_a_reason_of_retirement_is_kept_for_the_audit(world: World) -> None:
+    kept: list[str] = []
+    evolve = world.registry.evolve
+
+    def watched(state: State, event: Event) -> State:
+        kept.append(event.payload.reason)  # type: ignore[attr-defined]
+        return evolve(state, event)
+
+    world.registry.evolve = watched  # type: ignore[method-assign]
+    world.do(ask.RetireDevice(SN, "", "sent back"))
+    assert kept == ["sent back"]
+    control = ask.RetireDevice(names(2)[0], "", "a\x00b")
+    world.refused(InvalidArgumentError, "INVALID_FIELD", control)
 
 
 # Automatic quarantine.
