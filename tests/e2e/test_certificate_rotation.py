@@ -73,11 +73,11 @@ def states(tenant: Tenant, device_id: str) -> list[str]:
 
 def test_an_agent_renews_at_two_thirds_and_its_old_certificate_is_refused(tenant: Tenant) -> None:
     issuing = tenant.issuing_ca()
-    # 60 of 120 s have passed: it is due between 20 and 30 s from now, and ends 30 s later.
-    old = aged(tenant, "canary-1", timedelta(seconds=60), timedelta(seconds=120))
+    # 150 of 240 s have passed: it is due between 10 and 30 s from now, and ends a minute later.
+    old = aged(tenant, "canary-1", timedelta(seconds=150), timedelta(seconds=240))
     tenant.start_agents("canary-1", identity=old)
 
-    wait_until("the new certificate to be confirmed", 60, lambda: states(tenant, "canary-1") == ["RETIRED", "ACTIVE"])
+    wait_until("the new certificate to be confirmed", 90, lambda: states(tenant, "canary-1") == ["RETIRED", "ACTIVE"])
 
     first, second = tenant.certificates("canary-1")
     assert (second.issuing_ca, second.supersedes) == (issuing.name, first.name)
