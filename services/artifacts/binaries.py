@@ -189,7 +189,6 @@ def destroy_binary(state: State, command: DestroyBinary, ctx: Context) -> Decisi
     _in_state(state, command.name, B.STATE_SIGNED)
     if command.force and not command.reason.strip():
         raise invalid("reason", "must say why a binary is destroyed by force")
-    product = product_of(known.name)
     user = next((bundle for bundle in bundles.holding(state, known.name) if bundle.offerable), None)
     if user is not None and not command.force:
         raise in_use(known.name, user.name, "is in a bundle that may be offered; destroy it with force and a reason")
@@ -198,7 +197,7 @@ def destroy_binary(state: State, command: DestroyBinary, ctx: Context) -> Decisi
     binary.destroy_time.CopyFrom(timestamp(ctx.now_ms))
     saved = binary_saved(binary, Upload(), ctx)
     after = replace(state, binaries=put(state.binaries, binary.name, binary))
-    judged, tasks = bundles.judge_again(after, product, ctx)
+    judged, tasks = bundles.judge_holders(after, binary.name, ctx)
     # The answer travels with the last event: the small one.
     return Decision((*judged, saved), binary, open_tasks=tasks)
 
@@ -237,7 +236,7 @@ def sign_binary(state: State, command: SignBinary, ctx: Context) -> Decision:
     if known.state == B.STATE_SIGNED:
         # It may be in bundles that a revoked key keeps from being offered.
         after = replace(state, binaries=put(state.binaries, binary.name, binary))
-        judged, tasks = bundles.judge_again(after, product, ctx)
+        judged, tasks = bundles.judge_holders(after, binary.name, ctx)
     return Decision((*judged, saved), binary, open_tasks=tasks)
 
 

@@ -29,6 +29,8 @@ class JudgeProduct:
     """Go on with judging what a product holds anew."""
 
     product: str
+    after: str
+    """Name of the last one that was looked at."""
     task_id: str
 
 

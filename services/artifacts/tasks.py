@@ -59,7 +59,8 @@ class ArtifactsTasks:
 
     async def judge(self, task: Task, ctx: TaskContext) -> Command | None:  # noqa: ARG002 - the decision sees the state
         """Go on with judging a product's bundles, a chunk at a time."""
-        return Command(task.organization, JudgeProduct(task.payload.decode(), task.task_id))
+        product, _, after = task.payload.decode().partition("\n")
+        return Command(task.organization, JudgeProduct(product, after, task.task_id))
 
     async def _digest(self, key: str) -> tuple[str, int]:
         whole, size = hashlib.sha256(), 0
