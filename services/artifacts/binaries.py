@@ -135,6 +135,7 @@ def hash_finished(state: State, command: HashFinished, ctx: Context) -> Decision
     binary = copied(known)
     if (command.sha256, command.size) == (known.sha256, known.size):
         binary.state = B.STATE_SIGNABLE
+        binary.sha1, binary.md5 = command.sha1, command.md5
         upload = Upload(blob_key=upload.blob_key)
     else:
         binary.state = B.STATE_UPLOADABLE
@@ -154,6 +155,7 @@ def reset_binary(state: State, command: ResetBinary, ctx: Context) -> Decision:
     binary.size, binary.sha256 = command.size or known.size, command.sha256 or known.sha256
     check_content(binary)
     binary.state, binary.state_reason = B.STATE_UPLOADABLE, ""
+    binary.sha1 = binary.md5 = ""
     del binary.signatures[:]
     return _given_up(_save(binary, Upload(), ctx), upload_of(state, known.name), ctx)
 

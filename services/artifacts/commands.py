@@ -166,6 +166,8 @@ class HashFinished:
     sha256: str
     size: int
     blob_key: str
+    sha1: str = ""
+    md5: str = ""
 
 
 @dataclass(frozen=True, slots=True)
