@@ -135,6 +135,7 @@ def hash_finished(state: State, command: HashFinished, ctx: Context) -> Decision
     binary = copied(known)
     if (command.sha256, command.size) == (known.sha256, known.size):
         binary.state = B.STATE_SIGNABLE
+        binary.sha1, binary.md5 = command.sha1, command.md5
         upload = Upload(blob_key=upload.blob_key)
     else:
         binary.state = B.STATE_UPLOADABLE
@@ -154,6 +155,7 @@ def reset_binary(state: State, command: ResetBinary, ctx: Context) -> Decision:
     binary.size, binary.sha256 = command.size or known.size, command.sha256 or known.sha256
     check_content(binary)
     binary.state, binary.state_reason = B.STATE_UPLOADABLE, ""
+    binary.sha1 = binary.md5 = ""
     del binary.signatures[:]
     return _given_up(_save(binary, Upload(), ctx), upload_of(state, known.name), ctx)
 
@@ -189,7 +191,6 @@ def destroy_binary(state: State, command: DestroyBinary, ctx: Context) -> Decisi
     _in_state(state, command.name, B.STATE_SIGNED)
     if command.force and not command.reason.strip():
         raise invalid("reason", "must say why a binary is destroyed by force")
-    product = product_of(known.name)
     user = next((bundle for bundle in bundles.holding(state, known.name) if bundle.offerable), None)
     if user is not None and not command.force:
         raise in_use(known.name, user.name, "is in a bundle that may be offered; destroy it with force and a reason")
@@ -198,7 +199,7 @@ def destroy_binary(state: State, command: DestroyBinary, ctx: Context) -> Decisi
     binary.destroy_time.CopyFrom(timestamp(ctx.now_ms))
     saved = binary_saved(binary, Upload(), ctx)
     after = replace(state, binaries=put(state.binaries, binary.name, binary))
-    judged, tasks = bundles.judge_again(after, product, ctx)
+    judged, tasks = bundles.judge_holders(after, binary.name, ctx)
     # The answer travels with the last event: the small one.
     return Decision((*judged, saved), binary, open_tasks=tasks)
 
@@ -237,7 +238,7 @@ def sign_binary(state: State, command: SignBinary, ctx: Context) -> Decision:
     if known.state == B.STATE_SIGNED:
         # It may be in bundles that a revoked key keeps from being offered.
         after = replace(state, binaries=put(state.binaries, binary.name, binary))
-        judged, tasks = bundles.judge_again(after, product, ctx)
+        judged, tasks = bundles.judge_holders(after, binary.name, ctx)
     return Decision((*judged, saved), binary, open_tasks=tasks)
 
 

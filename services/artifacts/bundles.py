@@ -8,7 +8,7 @@ rest by a task in chunks. A bundle begins without signatures, so the policy matt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -42,12 +42,14 @@ from services.artifacts.rules import (
     timestamp,
     verified,
 )
-from services.artifacts.state import State, find, keys_of, put, shelf, upload_of
+from services.artifacts.state import State, find, keys_of, shelf, upload_of
 
 JUDGE: Final = "judge"
+_CHUNK_NAMES: Final = 1000
 _CHUNK_EVENTS: Final = 200
 _CHUNK_BYTES: Final = 4_000_000
-"""What one transaction of a judgement holds, about: other commands of the partition wait for it."""
+"""What one decision of a judgement looks at and writes, about: other commands of the partition wait for it."""
+Tasks = tuple[Task, ...]
 
 _SIGNATURE_ROOM = 256
 """Bytes that a signature and its public key take in a bundle, at most."""
@@ -115,40 +117,61 @@ def update_bundle(state: State, command: UpdateBundle, ctx: Context) -> Decision
     return Decision((_bundle_saved(bundle, state.bundle_blobs[bundle.name], "bundle.updated", ctx),), bundle)
 
 
-def judge_again(state: State, product: str, ctx: Context) -> tuple[tuple[NewEvent, ...], tuple[Task, ...]]:
+def judge_again(state: State, product: str, ctx: Context, after: str = "") -> tuple[tuple[NewEvent, ...], Tasks]:
     """Events for what of the product is not worth what it was: all, or as many as one transaction should hold.
 
-    With the rest comes a task that goes on; readers are never told the old judgement meanwhile (`current`).
+    With the rest comes a task that goes on after the last name that was looked at; meanwhile readers are not told the
+    old judgement (`current`). Binaries that wait for signatures come first, by their names.
     """
+    waiting, known = state.waiting.get(product) or (), shelf(state.bundles, f"{product}/bundles")
+    return _judged(state, product, sorted(name for name in (*waiting, *known) if name > after), ctx)
+
+
+def judge_holders(state: State, binary: str, ctx: Context) -> tuple[tuple[NewEvent, ...], Tasks]:
+    """The same for the bundles of one binary."""
+    return _judged(state, product_of(binary), sorted(state.bundles_of.get(binary) or ()), ctx)
+
+
+def _judged(state: State, product: str, names: Sequence[str], ctx: Context) -> tuple[tuple[NewEvent, ...], Tasks]:
     rules = _Rules.of(state, product)
     saved: list[NewEvent] = []
     room = _CHUNK_BYTES
-    for binary in _signable(state, product):
-        if len(saved) >= _CHUNK_EVENTS or room < 0:
-            return tuple(saved), (_judging(product, ctx),)
-        if unrevoked(binary.signatures, rules.keys) >= rules.of_binary:
-            signed = copied(binary)
-            signed.state = pb.Binary.STATE_SIGNED
-            saved.append(binary_saved(signed, upload_of(state, binary.name), ctx))
-            room -= signed.ByteSize()
-            state = replace(state, binaries=put(state.binaries, signed.name, signed))
-    for name, known in sorted(shelf(state.bundles, f"{product}/bundles").items()):
-        reason = _verdict(state, known, rules)
-        if (known.offerable, known.not_offerable_reason) == (not reason, reason):
-            continue
-        if len(saved) >= _CHUNK_EVENTS or room < 0:
-            return tuple(saved), (_judging(product, ctx),)
-        bundle = copied(known)
-        bundle.offerable, bundle.not_offerable_reason = not reason, reason
-        saved.append(_bundle_saved(bundle, state.bundle_blobs[name], "bundle.updated", ctx))
-        room -= 2 * bundle.ByteSize()
+    for seen, name in enumerate(names):
+        if seen >= _CHUNK_NAMES or len(saved) >= _CHUNK_EVENTS or room < 0:
+            return tuple(saved), (_judging(product, names[seen - 1], ctx),)
+        event = _binary_judged(state, name, rules, ctx) or _bundle_judged(state, name, rules, ctx)
+        if event is not None:
+            saved.append(event)
+            room -= 2 * event.payload.ByteSize()
     return tuple(saved), ()
 
 
+def _binary_judged(state: State, name: str, rules: _Rules, ctx: Context) -> NewEvent | None:
+    known = find(state.binaries, name)
+    if known is None or unrevoked(known.signatures, rules.keys) < rules.of_binary:
+        return None
+    binary = copied(known)
+    binary.state = pb.Binary.STATE_SIGNED
+    return binary_saved(binary, upload_of(state, name), ctx)
+
+
+def _bundle_judged(state: State, name: str, rules: _Rules, ctx: Context) -> NewEvent | None:
+    known = find(state.bundles, name)
+    if known is None:
+        return None
+    bundle = _as_judged(state, known, rules)
+    return None if bundle is known else _bundle_saved(bundle, state.bundle_blobs[name], "bundle.updated", ctx)
+
+
 def judge_product(state: State, command: JudgeProduct, ctx: Context) -> Decision:
-    """The next chunk; the task is done when nothing is left."""
-    saved, tasks = judge_again(state, command.product, ctx)
-    return Decision(saved, close_tasks=() if tasks else (command.task_id,))
+    """The next chunk."""
+    saved, tasks = judge_again(state, command.product, ctx, command.after)
+    return Decision(saved, open_tasks=tasks, close_tasks=(command.task_id,))
+
+
+def is_judging(open_tasks: Iterable[str], product: str) -> bool:
+    """Whether bundles of the product may be worth something else than their last event says."""
+    return any(task_id.startswith(f"{JUDGE}/{product}/") for task_id in open_tasks)
 
 
 def current(state: State, known: pb.Bundle) -> pb.Bundle:
@@ -174,9 +197,8 @@ def _as_judged(state: State, known: pb.Bundle, rules: _Rules) -> pb.Bundle:
 
 def holding(state: State, binary: str) -> Iterator[pb.Bundle]:
     """Bundles with the binary, as they are to be judged now."""
-    for _, bundle in sorted(shelf(state.bundles, f"{product_of(binary)}/bundles").items()):
-        if any(entry.binary == binary for entry in bundle.entries):
-            yield current(state, bundle)
+    for name in sorted(state.bundles_of.get(binary) or ()):
+        yield current(state, existing(state.bundles, name))
 
 
 def foreign(state: State, record: Foreign, ctx: Context) -> Decision:
@@ -250,17 +272,9 @@ def _verdict(state: State, bundle: pb.Bundle, rules: _Rules) -> str:
     return ""
 
 
-def _signable(state: State, product: str) -> Iterator[pb.Binary]:
-    """Binaries of the product that wait for signatures and have some."""
-    for artifact in sorted(shelf(state.artifacts, f"{product}/artifacts")):
-        for version in sorted(shelf(state.versions, f"{artifact}/versions")):
-            for _, binary in sorted(shelf(state.binaries, f"{version}/binaries").items()):
-                if binary.state == pb.Binary.STATE_SIGNABLE and binary.signatures:
-                    yield binary
-
-
-def _judging(product: str, ctx: Context) -> Task:
-    return Task(f"{JUDGE}/{product}", JUDGE, product.encode(), organization=ctx.organization)
+def _judging(product: str, after: str, ctx: Context) -> Task:
+    payload = f"{product}\n{after}".encode()
+    return Task(f"{JUDGE}/{product}/{after}", JUDGE, payload, organization=ctx.organization)
 
 
 def _entry(state: State, spec: pb.BundleEntrySpec, product: str) -> pb.BundleEntry:

@@ -29,6 +29,8 @@ class JudgeProduct:
     """Go on with judging what a product holds anew."""
 
     product: str
+    after: str
+    """Name of the last one that was looked at."""
     task_id: str
 
 
@@ -164,6 +166,8 @@ class HashFinished:
     sha256: str
     size: int
     blob_key: str
+    sha1: str = ""
+    md5: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,13 +210,13 @@ class ArtifactsServicer(artifacts_pb2_grpc.ArtifactsServiceServicer):
         return await self._submit(request.parent, command, request, context)
 
     async def GetBundle(self, request: Any, context: Any) -> Any:
-        state = self._state(request.name)
-        return bundles.current(state, _found(state.bundles, request.name))
+        return bundle_now(self._runtime, request.name)
 
     async def ListBundles(self, request: Any, context: Any) -> Any:
         state = self._state(request.parent)
-        known = bundles.all_current(state, request.parent)
-        found, token = page(known, request)
+        judging = bundles.is_judging(self._runtime.snapshot(organization_of(request.parent)).open_tasks, request.parent)
+        known = shelf(state.bundles, f"{request.parent}/bundles").items()
+        found, token = page(bundles.all_current(state, request.parent) if judging else known, request)
         return pb.ListBundlesResponse(bundles=found, next_page_token=token)
 
     async def UpdateBundle(self, request: Any, context: Any) -> Any:
@@ -236,8 +236,15 @@ class ArtifactsInternalServicer(artifacts_pb2_grpc.ArtifactsInternalServiceServi
         self._runtime = runtime
 
     async def LookupBundle(self, request: Any, context: Any) -> Any:
-        state = snapshot_state(self._runtime, request.name)
-        return bundles.current(state, _found(state.bundles, request.name))
+        return bundle_now(self._runtime, request.name)
+
+
+def bundle_now(runtime: Runtime[State], name: str) -> pb.Bundle:
+    """A bundle that is worth what it says, even while a judgement is under way."""
+    state = snapshot_state(runtime, name)
+    known = _found(state.bundles, name)
+    judging = bundles.is_judging(runtime.snapshot(organization_of(name)).open_tasks, product_of(name))
+    return bundles.current(state, known) if judging else known
 
 
 def _found(shelves: Shelves[M], name: str) -> M:

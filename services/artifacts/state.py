@@ -15,6 +15,7 @@ from groundswell.artifacts.v1 import artifacts_pb2 as pb
 from groundswell.artifacts.v1 import events_pb2 as ev
 
 from libs.eventlog import Event
+from libs.names import product_of
 
 M = TypeVar("M", bound=Message)
 Shelves = immutables.Map[str, immutables.Map[str, M]]
@@ -42,6 +43,10 @@ class State:
     bundles: Shelves[pb.Bundle] = field(default_factory=immutables.Map)
     uploads: immutables.Map[str, Upload] = field(default_factory=immutables.Map)
     """By binary or attachment."""
+    bundles_of: immutables.Map[str, immutables.Map[str, None]] = field(default_factory=immutables.Map)
+    """Binary → the bundles that hold it."""
+    waiting: immutables.Map[str, immutables.Map[str, None]] = field(default_factory=immutables.Map)
+    """Product → SIGNABLE binaries that have some of the signatures they need."""
     holders: immutables.Map[str, immutables.Map[str, None]] = field(default_factory=immutables.Map)
     """Content key → the binaries and attachments that hold it."""
     generations: immutables.Map[str, int] = field(default_factory=immutables.Map)
@@ -96,17 +101,26 @@ def evolve(state: State, event: Event) -> State:
     match event.payload:
         case ev.BinarySaved(binary=binary, staging_key=staging_key, upload_id=upload_id, blob_key=blob_key):
             moved = _upload_moved(state, name, Upload(staging_key, upload_id, blob_key), deleted=event.payload.deleted)
-            if event.payload.deleted:
-                return replace(moved, binaries=drop(state.binaries, name))
-            return replace(moved, binaries=put(state.binaries, name, binary))
+            waits = binary.state == pb.Binary.STATE_SIGNABLE and binary.signatures and not event.payload.deleted
+            mark = _marked if waits else _unmarked
+            return replace(
+                moved,
+                binaries=drop(state.binaries, name) if event.payload.deleted else put(state.binaries, name, binary),
+                waiting=mark(state.waiting, product_of(name), name),
+            )
         case ev.AttachmentSaved(attachment=attachment, upload_id=upload_id, blob_key=blob_key):
             moved = _upload_moved(state, name, Upload("", upload_id, blob_key), deleted=event.payload.deleted)
             if event.payload.deleted:
                 return replace(moved, attachments=drop(state.attachments, name))
             return replace(moved, attachments=put(state.attachments, name, attachment))
         case ev.BundleSaved(bundle=bundle, blob_keys=blob_keys):
+            bundles_of = state.bundles_of
+            if name not in state.bundle_blobs:
+                for entry in bundle.entries:
+                    bundles_of = _marked(bundles_of, entry.binary, name)
             return replace(
                 state,
+                bundles_of=bundles_of,
                 bundles=put(state.bundles, name, bundle),
                 bundle_blobs=state.bundle_blobs.set(name, tuple(blob_keys)),
             )
@@ -136,13 +150,25 @@ def _upload_moved(state: State, name: str, upload: Upload, *, deleted: bool) -> 
     after = "" if deleted else upload.blob_key
     holders = state.holders
     if before != after:
-        if before:
-            rest = (holders.get(before) or immutables.Map()).delete(name)
-            holders = holders.set(before, rest) if rest else holders.delete(before)
-        if after:
-            holders = holders.set(after, (holders.get(after) or immutables.Map()).set(name, None))
+        holders = _unmarked(holders, before, name)
+        holders = _marked(holders, after, name) if after else holders
     if deleted:
         uploads = state.uploads.delete(name) if name in state.uploads else state.uploads
     else:
         uploads = state.uploads.set(name, upload)
     return replace(state, uploads=uploads, holders=holders)
+
+
+Marks = immutables.Map[str, immutables.Map[str, None]]
+
+
+def _marked(marks: Marks, key: str, name: str) -> Marks:
+    return marks.set(key, (marks.get(key) or immutables.Map()).set(name, None))
+
+
+def _unmarked(marks: Marks, key: str, name: str) -> Marks:
+    known = marks.get(key)
+    if known is None or name not in known:
+        return marks
+    rest = known.delete(name)
+    return marks.set(key, rest) if rest else marks.delete(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from libs.blobs import BlobNotFoundError, BlobStore
 from libs.eventlog import Command, Task, TaskContext, TaskHandler
@@ -12,6 +13,13 @@ from services.artifacts.bundles import JUDGE
 from services.artifacts.commands import HashFinished, JudgeProduct
 from services.artifacts.contents import DROP
 from services.artifacts.state import State, find, upload_of
+
+
+class _Digests(NamedTuple):
+    sha256: str
+    size: int
+    sha1: str
+    md5: str
 
 
 class ArtifactsTasks:
@@ -36,11 +44,13 @@ class ArtifactsTasks:
         binary, upload = find(state.binaries, name), upload_of(state, name)
         if binary is None or task.task_id != f"{HASH}/{upload.staging_key}":
             return None
-        digest, size = await self._digest(upload.staging_key)
+        found = await self._digests(upload.staging_key)
         target = upload.blob_key
-        if (digest, size) == (binary.sha256, binary.size):
+        if (found.sha256, found.size) == (binary.sha256, binary.size):
             await self._blobs.promote(upload.staging_key, target)
-        finished = HashFinished(name, task.task_id, upload.staging_key, digest, size, target)
+        finished = HashFinished(
+            name, task.task_id, upload.staging_key, found.sha256, found.size, target, found.sha1, found.md5
+        )
         return Command(task.organization, finished)
 
     async def drop(self, task: Task, ctx: TaskContext) -> Command | None:  # noqa: ARG002 - the key says it all
@@ -59,14 +69,18 @@ class ArtifactsTasks:
 
     async def judge(self, task: Task, ctx: TaskContext) -> Command | None:  # noqa: ARG002 - the decision sees the state
         """Go on with judging a product's bundles, a chunk at a time."""
-        return Command(task.organization, JudgeProduct(task.payload.decode(), task.task_id))
+        product, _, after = task.payload.decode().partition("\n")
+        return Command(task.organization, JudgeProduct(product, after, task.task_id))
 
-    async def _digest(self, key: str) -> tuple[str, int]:
+    async def _digests(self, key: str) -> _Digests:
+        """All in one reading. SHA-1 and MD5 are for clients of older protocols and prove nothing."""
         whole, size = hashlib.sha256(), 0
+        sha1, md5 = hashlib.sha1(usedforsecurity=False), hashlib.md5(usedforsecurity=False)
         try:
             async for chunk in self._blobs.stream(key):
-                whole.update(chunk)
+                for digest in (whole, sha1, md5):
+                    digest.update(chunk)
                 size += len(chunk)
         except BlobNotFoundError:
-            return "", 0
-        return whole.hexdigest(), size
+            return _Digests("", 0, "", "")
+        return _Digests(whole.hexdigest(), size, sha1.hexdigest(), md5.hexdigest())

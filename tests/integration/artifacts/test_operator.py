@@ -189,7 +189,14 @@ async def test_the_collection_never_takes_what_an_attachment_or_upload_refers_to
     assert await site.refused("PresignDownload", pb.PresignDownloadRequest(name=f"{old.name}x")) == (
         "RESOURCE_NOT_FOUND"
     )
+    link = await site.call("PresignDownload", pb.PresignDownloadRequest(name=old.name))
     await site.call("DestroyBinary", pb.DestroyBinaryRequest(name=old.name, reason="over"))
+    async with asyncio.timeout(30), aiohttp.ClientSession() as session:
+        status = 200
+        while status == 200:
+            async with session.get(URL(link.url, encoded=True)) as response:
+                status = response.status
+    assert status == 404, "the last one to hold it has gone"
     assert await site.refused("PresignDownload", pb.PresignDownloadRequest(name=old.name)) == "WRONG_STATE"
 
 

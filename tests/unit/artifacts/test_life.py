@@ -32,6 +32,8 @@ async def test_from_declaration_to_offerable(lab: Lab) -> None:
     binary = await lab.signed(SIGNER, content)
     assert binary.state == B.STATE_SIGNED
     assert list(lab.blobs.objects) == [content_key("acme", binary.sha256)]
+    assert binary.sha1 == hashlib.sha1(content, usedforsecurity=False).hexdigest()
+    assert binary.md5 == hashlib.md5(content, usedforsecurity=False).hexdigest()
     bundle = await lab.bundle(binary.name)
     assert (bundle.offerable, bundle.not_offerable_reason) == (False, "SIGNATURES_MISSING")
     statement = parse(bundle.statement)
