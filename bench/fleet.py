@@ -114,7 +114,7 @@ class Fleet:
         for runtime in (*self.feeders.values(), self.rollout):
             await runtime.start()
         for runtime in (*self.feeders.values(), self.rollout):
-            await runtime.wait_leading(Deadline.after(30))
+            await runtime.wait_leading(Deadline.after(90))
         product = registry_pb2.Product(name=PRODUCT)
         product.policy.poll_interval.FromSeconds(3600)
         await self.say("registry", PRODUCT, registry_events.ProductChanged(product=product))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -45,7 +46,7 @@ class Swell:
 
     def __call__(self, command: str) -> Any:
         done = subprocess.run(
-            [*self._argv, *command.split()],
+            [*self._argv, *shlex.split(command)],
             cwd=ROOT,
             env=self._environment,
             capture_output=True,
@@ -166,6 +167,11 @@ def test_after_a_kill_no_offer_leaves_and_no_link_works_within_the_bound(stack: 
     assert len([at for at, _ in polling.answers if at > acknowledged + last]) > 20, "they went on asking"
     assert (answered.status, answered.reason) == (403, "OFFER_WITHDRAWN")
     assert tenant.rollout(name).stage_statuses[0].in_flight == 0
+    assert swell("rollout held to-1-3-0") == []
+    swell("rollout create again-1-3-0 --bundle fw-1-3-0 --stage main")
+    assert swell('rollout kill again-1-3-0 --reason "never mind" --yes')["state"] == "STATE_KILLED"
+    listed = swell("rollout list --filter 'state = KILLED'")
+    assert {one["name"] for one in listed} == {name, tenant.rollout_name("again-1-3-0")}
     # The log itself: nothing was granted and no leave given behind the kill.
     kinds = [
         (entry.event_type.rsplit(".", 1)[-1], entry) for entry in logs.entries(stack, "rollout", tenant.organization)

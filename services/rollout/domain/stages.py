@@ -180,6 +180,7 @@ def release_refused(draft: Draft, rollout: str, stage: int, code: str) -> None:
     if image.state in (_Rollout.STATE_RUNNING, _Rollout.STATE_PAUSED):
         image.state = _Rollout.STATE_HALTED
         image.state_reason = code
+        image.superseded_by = ""
         image.control_epoch += 1
     save(draft, image, "rollout.halted", stage)
 
@@ -192,6 +193,7 @@ def halt(draft: Draft, rollout: str, stage: int, code: str) -> None:
     image = edited(draft, rollout)
     image.state = _Rollout.STATE_HALTED
     image.state_reason = code
+    image.superseded_by = ""  # going on is an operator's decision now
     image.control_epoch += 1
     image.stage_statuses[stage].state = _Status.STATE_FAILED
     save(draft, image, "rollout.halted", stage)
@@ -251,12 +253,28 @@ def let_others_go_on(draft: Draft, ended: str) -> None:
     if not draft.state.rollouts[ended].control.expedited:
         return
     for older in list(draft.state.active):
-        if draft.state.rollouts[older].control.superseded_by == ended:
-            image = edited(draft, older)
-            image.state = _Rollout.STATE_RUNNING
-            image.state_reason = ""
-            image.superseded_by = ""
-            save(draft, image, "rollout.resumed", image.current_stage, reason=f"{ended} ended")
+        if draft.state.rollouts[older].control.superseded_by != ended:
+            continue
+        image = edited(draft, older)
+        by = _overtaken_by(draft.state, image)
+        if by:
+            image.superseded_by = by
+            save(draft, image, "rollout.paused", image.current_stage, reason=f"superseded by {by}")
+            continue
+        image.state = _Rollout.STATE_RUNNING
+        image.state_reason = ""
+        image.superseded_by = ""
+        save(draft, image, "rollout.resumed", image.current_stage, reason=f"{ended} ended")
+
+
+def _overtaken_by(state: State, rollout: rollout_pb2.Rollout) -> str:
+    """An active expedited rollout that shares a cohort; empty when there is none."""
+    cohorts = {stage.cohort for stage in rollout.stages}
+    for name in state.active:
+        other = state.rollouts[name].control
+        if other.expedited and name != rollout.name and cohorts.intersection(stage.cohort for stage in other.stages):
+            return name
+    return ""
 
 
 def sweep(draft: Draft, rollout: str) -> None:

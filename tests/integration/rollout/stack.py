@@ -165,7 +165,7 @@ class Installation:
         for feeder in self.feeders.values():
             await feeder.start()
         for feeder in self.feeders.values():
-            await feeder.wait_leading(Deadline.after(30))
+            await feeder.wait_leading(Deadline.after(90))
         self.releases = Releases(self.say)
         await self._serve("releases", releases_pb2_grpc.add_ReleasesInternalServiceServicer_to_server, self.releases)
         await self._serve(

@@ -113,6 +113,31 @@ def test_two_emergencies_in_one_cohort_are_refused(small: Small) -> None:
     assert refused.value.reason == "COHORT_BUSY"
 
 
+def test_one_overtaken_twice_goes_on_when_the_last_emergency_of_its_cohorts_ends(small: Small) -> None:
+    small.start(small.stage("canary"), small.stage("beta"))
+    start_fix(small)
+    start_fix(small, small.stage("beta"), rollout_id="other")
+    small.control("abort", "fix")
+    older = plan(small)
+    assert (older.state, older.superseded_by) == (Rollout.STATE_PAUSED, f"{PRODUCT}/rollouts/other")
+    small.control("abort", "other")
+    assert plan(small).state == Rollout.STATE_RUNNING
+
+
+def test_a_gate_that_trips_while_it_is_overtaken_halts_it_for_good(small: Small) -> None:
+    small.start()
+    device = small.device()
+    name = small.granted(device)
+    small.ask_go(device)
+    device.reports.clear()
+    start_fix(small)
+    device.report(device_pb2.ATTEMPT_STATE_FAILED, "BROKEN", name)
+    small.said(device)
+    assert (plan(small).state, plan(small).superseded_by) == (Rollout.STATE_HALTED, "")
+    small.control("abort", "fix")
+    assert plan(small).state == Rollout.STATE_HALTED
+
+
 def test_an_emergency_beside_a_rollout_on_its_way_back_lets_it_go_back(small: Small) -> None:
     small.add_bundle("2.0.0", 0)
     small.start(back=True)
