@@ -13,6 +13,7 @@ BENCHMARKS = (
     "bench.log_submit",
     "bench.log_commit",
     "bench.log_cold_start",
+    "bench.webhooks",
     "bench.grants",
     "bench.rollout_scale",
     "bench.checkins",

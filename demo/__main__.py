@@ -181,9 +181,12 @@ class Demo:
         secrets_file.write_text(
             json.dumps({"secret": created["secret"]["secret"], "public_key": endpoint["public_key"]})
         )
-        # It was asked before it knew its secret; now it can answer.
-        verified = self.operator("webhook", "verify", "receiver")
-        self.journal.check("the receiver says that it is meant", verified["state"] == "STATE_ACTIVE", verified["state"])
+
+        def verified() -> bool:
+            # Asked by itself before it ran or knew its secret; asked again it can answer.
+            return bool(self.operator("webhook", "verify", "receiver")["state"] == "STATE_ACTIVE")
+
+        wait_until("the receiver to say that it is meant", 30, verified, 0.3)
         self.webhooks_since_ms = int(time.time() * 1000)
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -62,6 +62,8 @@ class WebhookEvent:
     resource: str
     occurred_at_ms: int
     payload: Message
+    bodies: dict[int, bytes] = field(default_factory=dict, compare=False, repr=False)
+    """By version: endpoints that get the same event share the work of rendering it."""
 
 
 def read_event(record: Record) -> WebhookEvent | None:
@@ -86,7 +88,10 @@ def read_event(record: Record) -> WebhookEvent | None:
 
 def render(event: WebhookEvent, version: int = 0) -> bytes:
     """The body in a version; 0 means that of endpoints from before there were several."""
-    return PAYLOAD_VERSIONS[version or 1](event)
+    body = event.bodies.get(version or 1)
+    if body is None:
+        body = event.bodies[version or 1] = PAYLOAD_VERSIONS[version or 1](event)
+    return body
 
 
 def _version_1(event: WebhookEvent) -> bytes:

@@ -7,13 +7,14 @@ receiver that does not read the body cannot repeat it.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from groundswell.webhooks.v1 import webhooks_pb2 as pb
 
@@ -26,6 +27,9 @@ from services.webhooks.signing import Signer, webhook_id
 from services.webhooks.transport import Outcome, Target, Transport
 
 Image = pb.WebhookEndpoint
+PAUSE_S: Final = 0.2
+"""Between two questions to one endpoint, whoever asks."""
+MOST_PACED: Final = 1_000
 
 
 class Asks(Protocol):
@@ -45,6 +49,8 @@ class Verifier:
         self._origin = origin
         """How we call ourselves to receivers that are asked after CloudEvents."""
         self._now_ms = wall_clock_ms
+        self._free_at: dict[str, float] = {}
+        """By endpoint, on the loop's clock."""
 
     async def task(self, task: Task, ctx: TaskContext, /) -> Command | None:
         """One attempt; what came of it decides whether there will be another."""
@@ -60,6 +66,7 @@ class Verifier:
 
     async def ask(self, image: Image) -> str:
         """Ask once. The problem, as reason code, colon and words; empty when the receiver wants the deliveries."""
+        await self._pace(image.name)
         if image.verification == Image.VERIFICATION_CLOUDEVENTS:
             headers = {"webhook-request-origin": self._origin}
             outcome = await self._transport.options(Target(image.url, image.ca_pem), headers)
@@ -71,8 +78,18 @@ class Verifier:
 
     async def test_fire(self, image: Image) -> pb.DeliveryAttempt:
         """Send one now and tell what came of it."""
+        await self._pace(image.name)
         at_ms = self._now_ms()
         return attempt_of(await self._fire(image), at_ms)
+
+    async def _pace(self, name: str) -> None:
+        """Whoever asks too often waits: an endpoint that is not verified is perhaps somebody else's address."""
+        now = asyncio.get_running_loop().time()
+        if len(self._free_at) > MOST_PACED:
+            self._free_at = {each: at for each, at in self._free_at.items() if at > now}
+        at = max(now, self._free_at.get(name, 0.0))
+        self._free_at[name] = at + PAUSE_S
+        await asyncio.sleep(at - now)
 
     async def _fire(self, image: Image) -> Outcome:
         now_ms = self._now_ms()

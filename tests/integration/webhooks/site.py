@@ -72,6 +72,8 @@ class Receiver:
     problems: list[str] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     tests: int = 0
+    signatures: list[int] = field(default_factory=list)
+    """How many each request had."""
     paths: list[str] = field(default_factory=list)
     _runner: web.AppRunner | None = None
 
@@ -105,6 +107,7 @@ class Receiver:
         if not self.secret:
             return web.Response(status=503)
         self.paths.append(request.path)
+        self.signatures.append(len(request.headers["webhook-signature"].split()))
         await asyncio.sleep(self.delay_s)
         if self.status == 204:
             try:
@@ -112,13 +115,13 @@ class Receiver:
             except ValueError as error:
                 self.problems.append(str(error))
                 return web.Response(status=401)
-            identifier = request.headers["webhook-id"]
-            self.headers.append(dict(request.headers))
-            self.ids[event["event_id"]].add(identifier)
-            self.bodies[identifier].add(body)
             if event["type"] == "webhook.test_fire":
                 self.tests += 1
                 return web.json_response({"challenge": event["data"]["challenge"]})
+            identifier = request.headers["webhook-id"]
+            self.headers.append({name.lower(): value for name, value in request.headers.items()})
+            self.ids[event["event_id"]].add(identifier)
+            self.bodies[identifier].add(body)
             self.events.append(event)
         headers = {"location": f"https://127.0.0.1:{self.port}/elsewhere"} if 300 <= self.status < 400 else {}
         return web.Response(status=self.status, headers=headers)

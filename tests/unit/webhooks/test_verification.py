@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from standardwebhooks import Webhook
 
 from libs.eventlog import TimerFired
 from libs.keystore import MemoryKeyStore
+from services.webhooks import verify
 from services.webhooks.model import (
     VERIFY,
     VERIFY_STEPS_MS,
@@ -116,6 +118,23 @@ async def test_a_nonce_is_of_one_endpoint_at_one_url() -> None:
     again = image()
     assert signer.nonce(image()) == signer.nonce(again)
     assert signer.nonce(image()) != signer.nonce(other)
+
+
+async def test_one_endpoint_is_asked_with_pauses_however_many_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "PAUSE_S", 0.05)
+    monkeypatch.setattr(verify, "MOST_PACED", 2)
+    receiver = Receiver(Outcome(204))
+    verifier = asked(receiver)
+    began = asyncio.get_running_loop().time()
+    await asyncio.gather(*(verifier.test_fire(image()) for _ in range(4)))
+    assert asyncio.get_running_loop().time() - began >= 0.14
+    others = []
+    for number in range(5):
+        other = image()
+        other.name = f"{NAME}{number}"
+        others.append(verifier.test_fire(other))
+    await asyncio.gather(*others)
+    assert len(receiver.asked) == 9
 
 
 # In the log.
