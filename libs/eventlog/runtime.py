@@ -121,8 +121,8 @@ class Runtime(Generic[S]):
         self._supervise("election", self._keep_electing)
         self._supervise("freshness", self._freshness.measure)
 
-    async def stop(self) -> None:
-        """Stop intake, finish the batches on their way, leave the group, stop reading."""
+    async def step_down(self) -> None:
+        """Stop intake, finish the batches on their way, leave the group: others lead at once. Reads go on."""
         self._stopping = True
         for seat in self._seats.values():
             seat.assigned = False
@@ -132,6 +132,13 @@ class Runtime(Generic[S]):
         if seats:
             _, late = await asyncio.wait(seats, timeout=self.config.read_back_s)
             await _cancel(*late)
+        election = self._supervised.get("election")
+        if election is not None:
+            await _cancel(election)
+
+    async def stop(self) -> None:
+        """Step down, and stop reading."""
+        await self.step_down()
         await _cancel(*self._supervised.values())
         if self._snapshot_store is not None:
             await self._snapshot_store.close()

@@ -197,11 +197,12 @@ class RpcServer:
         return self._runtime.health().live and all(part.live for part in self._parts if isinstance(part, _MayDie))
 
     async def stop(self) -> None:
-        """Stop intake, finish what runs, hand over."""
+        """Stop intake, hand over, finish what runs."""
         if self._watch is not None:
             self._watch.cancel()
         await self._health.enter_graceful_shutdown()
-        await asyncio.gather(*(server.stop(GRACE_S) for server in self._servers))
+        # Others lead at once, however long the calls and streams that are open here still take.
+        await asyncio.gather(self._runtime.step_down(), *(server.stop(GRACE_S) for server in self._servers))
         await self._runtime.stop()
         await self._forwarder.close()
         for part in reversed(self._parts):

@@ -17,7 +17,7 @@ from typing import Any
 from clients.sdk import Client, Profile
 from demo.steps import wait_until
 from deploy.local import control
-from deploy.local.settings import ROOT, Settings, load
+from deploy.local.settings import ROOT, SPAN, Settings, load
 from deploy.local.supervisor import Status, read_state
 
 # Below the ports that the system gives to outgoing connections: a service that restarts must find its port free.
@@ -44,8 +44,11 @@ class Stack:
 
     # Processes.
 
+    def processes(self) -> tuple[Status, ...]:
+        return tuple(read_state(self.settings.run_dir).processes)
+
     def status(self, name: str) -> Status:
-        return next(found for found in read_state(self.settings.run_dir).processes if found.name == name)
+        return next(found for found in self.processes() if found.name == name)
 
     def pid(self, name: str) -> int:
         return int((self.settings.run_dir / f"{name}.pid").read_text())
@@ -112,17 +115,21 @@ class Stack:
         )
 
 
-def settings() -> Settings:
+def settings(replicas: int = 1) -> Settings:
     """Beside the stack of `make up` and the servers of other tests, with the jars shared."""
     names = ("GROUNDSWELL_LOCAL_DIR", "GROUNDSWELL_PORT_BASE", "GROUNDSWELL_JARS_DIR")
     parent = load({name: os.environ[name] for name in names if name in os.environ}, ROOT)
-    return Settings(ROOT, parent.local_dir / "e2e", parent.jars_dir, parent.port_base + PORTS_FROM_BASE)
+    base = parent.port_base + PORTS_FROM_BASE
+    if replicas == 1:
+        return Settings(ROOT, parent.local_dir / "e2e", parent.jars_dir, base)
+    folder = parent.local_dir / f"e2e-{replicas}"
+    return Settings(ROOT, folder, parent.jars_dir, base + SPAN, replicas=replicas)
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Stack]:
+def running(replicas: int = 1) -> Iterator[Stack]:
     """An empty installation, alone: two runs of these tests would kill each other's processes."""
-    ours = settings()
+    ours = settings(replicas)
     ours.local_dir.mkdir(parents=True, exist_ok=True)
     with (ours.local_dir / "one-run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -177,6 +177,13 @@ def _await_serving(running: Running) -> None:
 @contextlib.contextmanager
 def registry(servers: Servers, folder: Path) -> Iterator[Running]:
     """Runs until the block ends; then it has to end cleanly by SIGTERM."""
+    with replicas(servers, folder, 1) as (only,):
+        yield only
+
+
+@contextlib.contextmanager
+def replicas(servers: Servers, folder: Path, count: int) -> Iterator[tuple[Running, ...]]:
+    """Several processes of one registry."""
     env = f"t{secrets.token_hex(6)}"
     asyncio.run(ensure_topics(servers.kafka, env, PARTITIONS))
     local = folder / "local"
@@ -192,28 +199,37 @@ def registry(servers: Servers, folder: Path) -> Iterator[Running]:
         "local_dir": str(local),
         "tls_dir": str(local / "tls"),
         "bootstrap_secret_file": str(secret),
-        "registry_internal": f"127.0.0.1:{free_port()}",
-        "registry_public": f"127.0.0.1:{free_port()}",
+        "registry_internal": ",".join(f"127.0.0.1:{free_port()}" for _ in range(count)),
+        "registry_public": ",".join(f"127.0.0.1:{free_port()}" for _ in range(count)),
     }
+    with contextlib.ExitStack() as stack:
+        started = tuple(
+            stack.enter_context(_process(given | {"replica": str(index)}, folder / f"registry-{index}.log"))
+            for index in range(count)
+        )
+        for each in started:
+            _await_serving(each)
+        made = started[0].bootstrap()
+        assert made.returncode == 0, made.stderr.decode()
+        yield started
+
+
+@contextlib.contextmanager
+def _process(given: dict[str, str], log: Path) -> Iterator[Running]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("GROUNDSWELL_")}
     environment = {**inherited, **{f"GROUNDSWELL_{name.upper()}": value for name, value in given.items()}}
-    settings = Settings.model_validate(given)
-    log = folder / "registry.log"
     with log.open("wb") as output:
         command = [sys.executable, "-m", "services.registry"]
         process = subprocess.Popen(command, env=environment, stderr=output, stdout=output)
-        running = Running(settings, process, environment, log)
+    running = Running(Settings.model_validate(given), process, environment, log)
+    try:
+        yield running
+    finally:
+        running.process.terminate()
         try:
-            _await_serving(running)
-            made = running.bootstrap()
-            assert made.returncode == 0, made.stderr.decode()
-            yield running
-        finally:
-            running.process.terminate()
-            try:
-                status = running.process.wait(20)
-            except subprocess.TimeoutExpired:
-                running.process.kill()
-                running.process.wait()
-                raise
-        assert status == 0, log.read_text()[-4000:]
+            status = running.process.wait(20)
+        except subprocess.TimeoutExpired:
+            running.process.kill()
+            running.process.wait()
+            raise
+    assert status == 0, log.read_text()[-4000:]

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from deploy.local.credentials import S3Credentials
 from deploy.local.errors import StackError
-from deploy.local.settings import load
+from deploy.local.services import service_specs
+from deploy.local.settings import KAFKA, KAFKA_CONTROLLER, MAX_REPLICAS, REDIS, S3, WEBHOOK_RECEIVER, load
 
 ROOT = Path("/checkout")
 
@@ -60,3 +62,36 @@ def test_a_useless_port_base_is_one_line(base: str) -> None:
 def test_a_useless_partition_count_is_one_line(count: str) -> None:
     with pytest.raises(StackError, match="GROUNDSWELL_PARTITIONS"):
         load({"GROUNDSWELL_PARTITIONS": count}, ROOT)
+
+
+def test_replicas_have_ports_of_their_own() -> None:
+    settings = load({"GROUNDSWELL_PORT_BASE": "5000", "GROUNDSWELL_REPLICAS": "3"})
+    assert settings.environment["GROUNDSWELL_PKI_INTERNAL"] == "127.0.0.1:5102,127.0.0.1:5112,127.0.0.1:5122"
+    assert settings.environment["GROUNDSWELL_PKI_PUBLIC"] == "127.0.0.1:5202,127.0.0.1:5212,127.0.0.1:5222"
+
+
+def test_most_replicas_fit_into_the_block() -> None:
+    settings = load({"GROUNDSWELL_REPLICAS": str(MAX_REPLICAS)})
+    specs = service_specs(settings, S3Credentials("key", "secret"))
+    ports = [port for spec in specs for port in spec.ports]
+    others = [settings.port(offset) for offset in (KAFKA, KAFKA_CONTROLLER, REDIS, S3, WEBHOOK_RECEIVER)]
+    assert len({*ports, *others}) == len(ports) + len(others) == 6 * 2 * MAX_REPLICAS + 3 + 5
+    assert len({spec.name for spec in specs}) == len(specs) == 6 * MAX_REPLICAS + 2
+
+
+def test_a_replica_knows_which_it_is() -> None:
+    specs = service_specs(load({"GROUNDSWELL_REPLICAS": "2"}), S3Credentials("key", "secret"))
+    told = {spec.name: spec.env["GROUNDSWELL_REPLICA"] for spec in specs}
+    assert (told["rollout"], told["rollout-2"], told["gateway"]) == ("0", "1", "0")
+
+
+@pytest.mark.parametrize("count", ["0", "10", "two", "-1"])
+def test_a_useless_number_of_replicas_is_one_line(count: str) -> None:
+    with pytest.raises(StackError, match="GROUNDSWELL_REPLICAS"):
+        load({"GROUNDSWELL_REPLICAS": count})
+
+
+def test_given_addresses_must_be_as_many_as_replicas() -> None:
+    settings = load({"GROUNDSWELL_REPLICAS": "2", "GROUNDSWELL_PKI_INTERNAL": "127.0.0.1:7001"})
+    with pytest.raises(StackError, match="addresses given for pki"):
+        service_specs(settings, S3Credentials("key", "secret"))
