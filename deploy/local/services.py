@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deploy.local.credentials import S3Credentials
 from deploy.local.errors import StackError
-from deploy.local.settings import Settings
+from deploy.local.settings import GATEWAYS_HEALTH, Settings
 from deploy.local.specs import GrpcProbe, HttpProbe, Spec
 
 
@@ -49,12 +49,31 @@ def service_environment(settings: Settings, credentials: S3Credentials) -> dict[
 
 
 def service_specs(settings: Settings, credentials: S3Credentials) -> tuple[Spec, ...]:
-    """Every service of the table."""
+    """Every service of the table, the gateway as often as is wanted."""
     environment = service_environment(settings, credentials)
-    return tuple(
+    specs = [
         _spec(service, settings, environment, replica)
         for service in SERVICES
         for replica in range(1 if service.name in SINGLE else settings.replicas)
+    ]
+    return (*specs, *(_next_gateway(number, settings, environment) for number in range(2, settings.gateways + 1)))
+
+
+def _next_gateway(number: int, settings: Settings, environment: dict[str, str]) -> Spec:
+    """One more gateway on the same device port: the kernel shares connections out.
+
+    It has an id, and so a signing key, and a health port of its own.
+    """
+    health = settings.address(GATEWAYS_HEALTH + number)
+    own = {"GROUNDSWELL_GATEWAY_ID": f"local-{number}", "GROUNDSWELL_GATEWAY_HEALTH": health}
+    return Spec(
+        name=f"gateway-{number}",
+        argv=(sys.executable, "-m", "services.gateway"),
+        cwd=str(settings.root),
+        env=environment | own,
+        ports=(int(health.rpartition(":")[2]),),
+        stage=3,
+        probe=HttpProbe(f"http://{health}/healthz"),
     )
 
 

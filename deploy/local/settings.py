@@ -22,6 +22,7 @@ PUBLIC = 100  # a service's public port, from its internal one
 REPLICA = 10  # the next replica's ports, from those of the one before
 MAX_REPLICAS = 9
 GATEWAY, GATEWAY_HEALTH, WORKER_HEALTH = 443, 407, 408
+GATEWAYS_HEALTH, MOST_GATEWAYS = 420, 16  # of the second and every further gateway, by its number
 WEBHOOK_RECEIVER = 700  # where a receiver on this machine may listen: the one exception to the webhook policy
 ENV, DEPLOYMENT, PARTITIONS, BUCKET = "dev", "local", 4, "groundswell"
 GATEWAY_DOMAIN = "devices.localhost"
@@ -45,6 +46,8 @@ class Settings:
     overrides: Mapping[str, str] = field(default_factory=dict)
     replicas: int = 1
     """Processes of each service that has a log; the gateway and the worker are one each."""
+    gateways: int = 1
+    """Gateway processes, all behind one device port (GROUNDSWELL_GATEWAYS)."""
 
     def port(self, offset: int) -> int:
         """A port of this stack's block."""
@@ -183,4 +186,7 @@ def load(environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Setting
     partitions = overrides.get("GROUNDSWELL_PARTITIONS", "1")
     if not partitions.isdigit() or int(partitions) < 1:
         raise StackError(f"GROUNDSWELL_PARTITIONS={partitions} is not usable: give a whole number from 1")
-    return Settings(root, local_dir, stack.jars_dir, int(base), overrides, int(replicas))
+    gateways = environ.get("GROUNDSWELL_GATEWAYS") or "1"
+    if not gateways.isdigit() or not 1 <= int(gateways) <= MOST_GATEWAYS:
+        raise StackError(f"GROUNDSWELL_GATEWAYS={gateways} is not usable: give a number from 1 to {MOST_GATEWAYS}")
+    return Settings(root, local_dir, stack.jars_dir, int(base), overrides, int(replicas), int(gateways))

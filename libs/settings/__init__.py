@@ -56,6 +56,10 @@ class Settings(BaseSettings):
     gateway_domain: str = "devices.localhost"
     gateway_id: str = "local-1"
     """Last segment of this gateway's resource name; each process that runs at the same time needs its own."""
+    gateway_cache: int = Field(default=50_000, ge=1)
+    """Devices, and as many certificates, that a gateway process keeps in memory; the others are read from Redis."""
+    gateway_connections: int = Field(default=20_000, ge=1)
+    """Device connections of a gateway process; one more is cut."""
     worker_health: str = "127.0.0.1:19408"
     artifacts_grace_s: int = Field(default=86_400, ge=0)
     """How long content stays in the object store after nothing refers to it."""

@@ -7,12 +7,14 @@ import logging
 import ssl
 import time
 import uuid
+from typing import Final
 
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from groundswell.pki.v1 import pki_pb2_grpc
 from groundswell.registry.v1 import registry_pb2, registry_pb2_grpc
 from groundswell.rollout.v1 import rollout_pb2_grpc
+from redis.asyncio import Redis
 
 from libs.blobs import BlobStore
 from libs.blobs.s3 import S3BlobStore
@@ -28,6 +30,7 @@ from libs.seal import accepted_keys
 from libs.settings import Settings
 from services.gateway.checkin import CheckInHandler
 from services.gateway.claims import ClosedPlans, OfferClaims
+from services.gateway.directory import DeviceDirectory
 from services.gateway.http import DeviceApi
 from services.gateway.identity import DeviceTls, HandshakeFailures
 from services.gateway.publisher import CheckInPublisher
@@ -39,6 +42,20 @@ CERTIFICATE_LOOK_S = 2.0
 """How often the gateway looks whether its own certificate was replaced."""
 START_S = 60.0
 """Longest wait for the views to be caught up; a supervisor then starts the process anew."""
+
+
+HANDSHAKE_S: Final = 10.0
+"""A TLS handshake that takes longer is given up."""
+REDIS_S: Final = 0.5
+"""Longest wait for Redis: the owners can be asked too."""
+
+
+class _Cut(asyncio.Protocol):
+    """Ends its connection at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if isinstance(transport, asyncio.WriteTransport):
+            transport.abort()
 
 
 class Gateway:
@@ -56,17 +73,34 @@ class Gateway:
         self._files = CertificateFiles(settings, "gateway")
         self._files.read()
         self._closed = ClosedPlans()
-        self._views = GatewayViews(
-            self._log, settings.env, settings.partitions, self._tls.set_anchors, self._closed.reopen
-        )
-        self._producer = KafkaCheckInProducer(settings.kafka, checkin_topic(settings.env))
         self._channels = {
             service: channel(settings, service, identity="gateway") for service in ("registry", "pki", "rollout")
         }
+        self._directory = DeviceDirectory(
+            self._log,
+            Redis.from_url(settings.redis, socket_timeout=REDIS_S, socket_connect_timeout=REDIS_S),
+            settings.env,
+            settings.partitions,
+            settings.gateway_cache,
+            registry_pb2_grpc.RegistryInternalServiceStub(self._channels["registry"]).LookupDevice,
+            pki_pb2_grpc.PkiInternalServiceStub(self._channels["pki"]).LookupDeviceCertificate,
+        )
+        self._views = GatewayViews(
+            self._log,
+            settings.env,
+            settings.partitions,
+            self._tls.set_anchors,
+            self._closed.reopen,
+            self._directory.devices,
+            self._directory.certificates,
+        )
+        self._producer = KafkaCheckInProducer(settings.kafka, checkin_topic(settings.env))
         self._publisher: CheckInPublisher | None = None
         self._heartbeats: asyncio.Task[None] | None = None
         self._renewals: asyncio.Task[None] | None = None
         self._runners: list[web.AppRunner] = []
+        self._server: asyncio.Server | None = None
+        self._cut = 0
         self._listening = False
 
     async def start(self) -> None:
@@ -79,6 +113,7 @@ class Gateway:
         deadline = Deadline.after(START_S)
         for follower in self._views.followers.values():
             await follower.caught_up(deadline)
+        await self._directory.start(self._views.followers)
         await self._producer.start()
         signer = CheckInSigner(
             signing_key, self._name, str(uuid.uuid4()), self._producer.topic, self._views.gateway_seq(self._name) or 0
@@ -106,6 +141,7 @@ class Gateway:
             handler,
             pki.AdmitCertificate,
             pki.IssueCertificate,
+            self._directory,
             self._blobs.presign_get,
             lambda: accepted_keys(self._keystore, time.time_ns() // 1_000_000),
         )
@@ -136,13 +172,33 @@ class Gateway:
 
     async def _listen(self, app: web.Application, address: str, *, tls: bool) -> None:
         host, _, port = address.rpartition(":")
+        # An idle connection is kept for longer than a usual poll interval; a head that takes longer is given up too.
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=3.0, keepalive_timeout=75.0)
         await runner.setup()
-        site = web.TCPSite(
-            runner, host, int(port), ssl_context=self._tls.context if tls else None, backlog=1024, reuse_port=tls
-        )
-        await site.start()
         self._runners.append(runner)
+        if not tls:
+            await web.TCPSite(runner, host, int(port)).start()
+            return
+        # Several gateways may share the port: the kernel deals connections out among them.
+        self._server = await asyncio.get_running_loop().create_server(
+            self._accept,
+            host,
+            int(port),
+            ssl=self._tls.context,
+            backlog=1024,
+            reuse_port=True,
+            ssl_handshake_timeout=HANDSHAKE_S,
+        )
+
+    def _accept(self) -> asyncio.Protocol:
+        """A connection's protocol. One too many is cut: a device comes back, by then perhaps to another gateway."""
+        server = self._runners[-1].server
+        if server is None:
+            return _Cut()
+        if len(server.connections) >= self._settings.gateway_connections:
+            self._cut += 1
+            return _Cut()
+        return server()
 
     def _health_app(self) -> web.Application:
         async def health(_: web.Request) -> web.Response:
@@ -152,8 +208,11 @@ class Gateway:
                 "status": "serving" if healthy else "not serving",
                 "lag_s": {name: (lag if lag < 1e9 else None) for name, lag in lags.items()},
                 "views": self._views.summary(),
+                "devices": self._directory.summary(),
+                "connections_cut": self._cut,
                 "handshake_failures": {str(code): count for code, count in self._failures.counts.items()},
                 "unacknowledged_records": self._publisher.failures if self._publisher is not None else 0,
+                "dropped_items": self._publisher.dropped if self._publisher is not None else 0,
             }
             return web.json_response(body, status=200 if healthy else 503)
 
@@ -167,7 +226,9 @@ class Gateway:
         return beating and all(follower.live for follower in self._views.followers.values())
 
     async def stop(self) -> None:
-        """Stop intake, publish what is open, leave."""
+        """Stop intake, answer what was asked, publish what is open, leave."""
+        if self._server is not None:
+            self._server.close()
         for runner in reversed(self._runners):
             await runner.cleanup()
         for running in (self._heartbeats, self._renewals):
@@ -175,6 +236,7 @@ class Gateway:
                 running.cancel()
         if self._publisher is not None:
             await self._publisher.drain()
+        await self._directory.stop()
         for follower in self._views.followers.values():
             await follower.stop()
         await self._producer.stop()

@@ -7,6 +7,7 @@ Shapes are those of docs/device-api.md. ``parse`` either returns a frozen :class
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final, Literal
 
 import msgspec
@@ -75,8 +76,9 @@ class CheckInBody(msgspec.Struct, frozen=True):
 
 
 _decoder = msgspec.json.Decoder(CheckInBody)
-_UUID: Final = re.compile(r"^[0-9a-fA-F-]{8,64}$")
-_CODE: Final = re.compile(r"^[A-Z0-9_]{0,64}$")
+_encoder = msgspec.json.Encoder()
+_UUID: Final = re.compile(r"[0-9a-fA-F-]{8,64}\Z")
+_CODE: Final = re.compile(r"[A-Z0-9_]{0,64}\Z")
 
 
 def parse(raw: bytes) -> CheckInBody:
@@ -119,13 +121,13 @@ def _invalid(field: str, why: str) -> InvalidArgumentError:
     return InvalidArgumentError("INVALID_FIELD", f"{field}: {why}", field=field)
 
 
-def running_state(body: CheckInBody) -> registry_pb2.ReportedState:
+def running_state(running: Running) -> registry_pb2.ReportedState:
     """The running state as the log keeps it."""
     return registry_pb2.ReportedState(
-        release=body.running.release[:MAX_TEXT],
-        bundle=body.running.bundle[:MAX_TEXT],
-        version=body.running.version[:128],
-        security_version=body.running.security_version,
+        release=running.release[:MAX_TEXT],
+        bundle=running.bundle[:MAX_TEXT],
+        version=running.version[:128],
+        security_version=running.security_version,
     )
 
 
@@ -141,3 +143,8 @@ def reports(body: CheckInBody) -> list[device_pb2.Report]:
         )
         for report in body.reports
     ]
+
+
+def reasons_json(reasons: Iterable[device_pb2.Reason]) -> bytes:
+    """Reasons as the device API writes them."""
+    return _encoder.encode([{"code": one.code, "message": one.message, "subject": one.subject} for one in reasons])

@@ -1,11 +1,16 @@
 """One check-in, from parsed body to answer. I/O is behind ports; the order of steps is the contract.
 
-1. A view more than two seconds behind, in any service, answers ``none`` with ``GATEWAY_STALE``: never a stale offer.
+1. A view more than two seconds behind, in any service, answers ``none`` with ``GATEWAY_STALE``, and a log of check-ins
+   that takes nothing with ``CHECKINS_UNAVAILABLE``: never a stale offer.
 2. ``resolve()`` in memory gives ordered candidates and the steps that led to them.
 3. ``ask: go`` goes to ``AuthorizeSwitch``; a candidate, when the device works on no attempt, to ``ClaimOffers``.
 4. What was said and decided is published; reports are confirmed only when Kafka has them.
 
 Whatever fails on the way to the leader is an answer of ``none`` with a reason: the device polls again.
+
+Most polls end at step 2. They are what a gateway's capacity is counted in, so nothing of them is made twice: an item
+of the check-in topic is put together from serialized parts (device, certificate, decision, positions of the views),
+because protobuf reads messages that are written one after the other as one message.
 """
 
 from __future__ import annotations
@@ -21,20 +26,17 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import grpc
+import msgspec
 from groundswell.device.v1 import device_pb2
-from groundswell.registry.v1 import registry_pb2
-from groundswell.releases.v1 import releases_pb2
 from groundswell.rollout.v1 import rollout_pb2
 
-from libs.resolution.convert import candidate_of, reason_of
-from services.gateway.body import CheckInBody, reports, running_state
+from services.gateway.body import CheckInBody, reasons_json, reports, running_state
 from services.gateway.claims import ClosedPlans, OfferClaims
 from services.gateway.publisher import CheckInPublisher
-from services.gateway.views import DeviceView, GatewayViews
+from services.gateway.views import Decided, DeviceView, GatewayViews
 
 log = logging.getLogger(__name__)
 
-DEFAULT_POLL_S: Final = 60.0
 FRESHNESS_S: Final = 2.0
 """A view that is further behind gives no offers (protocols.md section 3)."""
 
@@ -52,6 +54,11 @@ class _Answer:
 def reason(code: str, message: str, subject: str = "", *, blocking: bool = True) -> device_pb2.Reason:
     """A coded reason."""
     return device_pb2.Reason(code=code, message=message, subject=subject, blocking=blocking)
+
+
+_BACKLOG: Final = reason(
+    "CHECKINS_UNAVAILABLE", "the log of check-ins takes nothing just now: nothing is decided or recorded, try later"
+)
 
 
 class CheckInHandler:
@@ -73,124 +80,101 @@ class CheckInHandler:
         self._publisher = publisher
         self._now = now
 
-    async def handle(self, organization: str, view: DeviceView, raw: bytes, body: CheckInBody) -> dict[str, Any]:
+    async def handle(self, view: DeviceView, partition: int, raw: bytes, body: CheckInBody) -> bytes:
         """The JSON answer for a device whose identity is settled."""
-        item = self._item(view, raw, body)
-        answer = _Answer()
-        stale = self._views.stale_services(organization, FRESHNESS_S)
-        if stale:
-            answer.reasons.append(
-                reason("GATEWAY_STALE", f"this gateway's view of {', '.join(stale)} is behind: no decision, try later")
-            )
+        now_ms = int(self._now() * 1000)
+        blocked = self._blocked(partition)
+        going = body.attempt is not None and body.attempt.ask == "go"
+        decided = None if blocked or going else self._views.decide(view, partition, body.running, now_ms)
+        item = self._said(view, partition, raw, body, decided)
+        if decided is not None and (body.attempt is not None or not decided.candidates):
+            kind, reasons, more = "none", decided.reasons, b""
+            item += _receipt(now_ms)
         else:
-            await self._decide(organization, view, body, item, answer)
-        steps = item.receipt.steps
-        steps.extend(answer.reasons)
-        item.receipt.answer = answer.kind
-        item.receipt.attempt = answer.attempt
+            answer = _Answer(reasons=blocked)
+            if going and not blocked:
+                await self._ask_go(view, item, answer)
+            elif decided is not None:
+                await self._claim_or_wait(view, decided, body, item, answer)
+            receipt = device_pb2.Receipt(
+                steps=answer.reasons, answer=answer.kind, attempt=answer.attempt, decided_at_ms=now_ms
+            )
+            item += device_pb2.CheckInItem(receipt=receipt).SerializeToString()
+            kind = answer.kind
+            reasons = reasons_json(answer.reasons) if answer.reasons or decided is None else decided.reasons
+            more = _members(answer.body)
         accepted = 0
-        published = self._publisher.enqueue(organization, item)
-        if body.reports and await self._publisher.confirm(published):
+        batch = self._publisher.enqueue(view.organization, item)
+        if body.reports and batch is not None and await self._publisher.confirm(batch):
             accepted = body.reports[-1].counter
-        return {
-            "server_time": datetime.fromtimestamp(self._now(), UTC).isoformat().replace("+00:00", "Z"),
-            "poll_after_s": round(self._poll_after(view), 3),
-            "reports_accepted_through": accepted,
-            "reasons": [_reason_json(entry) for entry in (answer.reasons or steps[-2:])],
-            "answer": answer.kind,
-            **answer.body,
-        }
+        return self._written(view, accepted, reasons, kind, more)
 
-    def _item(self, view: DeviceView, raw: bytes, body: CheckInBody) -> device_pb2.CheckInItem:
-        running = running_state(body)
-        device_reports = reports(body)
-        attempt = body.attempt.name if body.attempt else ""
-        return device_pb2.CheckInItem(
+    def _blocked(self, partition: int) -> list[device_pb2.Reason]:
+        """Why nothing may be decided now; empty when all is well."""
+        stale = self._views.stale_services(partition, FRESHNESS_S)
+        if stale:
+            text = f"this gateway's view of {', '.join(stale)} is behind: no decision, try later"
+            return [reason("GATEWAY_STALE", text)]
+        return [] if self._publisher.takes(partition) else [_BACKLOG]
+
+    def _said(self, view: DeviceView, partition: int, raw: bytes, body: CheckInBody, decided: Decided | None) -> bytes:
+        """The item as far as it is known before the answer is."""
+        agent = body.agent
+        item = device_pb2.CheckInItem(
+            instance=agent.instance,
+            boot_id=agent.boot_id,
+            counter=agent.counter,
+            body_sha256=hashlib.sha256(raw).digest(),
+        )
+        if body.attempt is not None:
+            item.attempt = body.attempt.name
+        if body.reports:
+            item.reports.extend(reports(body))
+        if body.attributes:
+            item.attributes.update({key[:64]: value[:256] for key, value in body.attributes.items()})
+        if body.metrics:
+            item.metrics.update(body.metrics)
+        if decided is None:
+            item.running.CopyFrom(running_state(body.running))
+        elif body.attempt is None and not body.reports and self._is_idle(view, decided):
+            item.idle = True
+        return b"".join(
+            (
+                view.entry.said,
+                view.certificate.said,
+                decided.said if decided is not None else b"",
+                self._views.said_positions(view.organization, partition),
+                item.SerializeToString(),
+            )
+        )
+
+    def _is_idle(self, view: DeviceView, decided: Decided) -> bool:
+        """Nothing here can matter to a rollout: see CheckInItem.idle."""
+        if decided.running != view.entry.device.reported:
+            return False
+        return not self._views.is_managed(decided.running.release) and not self._views.has_live_attempt(
+            view.entry.facts.name
+        )
+
+    async def _claim_or_wait(
+        self, view: DeviceView, decided: Decided, body: CheckInBody, item: bytes, answer: _Answer
+    ) -> None:
+        if not body.reports and all(self._closed.is_closed(plan) for plan in decided.plans):
+            answer.reasons.append(reason("PLAN_CLOSED", "the rollout had no place a moment ago", decided.plans[0]))
+            return
+        claim = rollout_pb2.ClaimItem(
             device=view.device.name,
             device_uid=view.device.uid,
-            instance=body.agent.instance,
-            boot_id=body.agent.boot_id,
-            counter=body.agent.counter,
-            body_sha256=hashlib.sha256(raw).digest(),
-            running=running,
-            attempt=attempt,
-            reports=device_reports,
-            attributes={key[:64]: value[:256] for key, value in body.attributes.items()},
-            metrics=body.metrics,
-            certificate_fingerprint=view.fingerprint,
-            idle=self._is_idle(view, running, attempt, has_reports=bool(device_reports)),
-            receipt=device_pb2.Receipt(
-                decided_at_ms=int(self._now() * 1000), views=self._views.positions(view.organization)
-            ),
-        )
-
-    def _is_idle(
-        self, view: DeviceView, running: registry_pb2.ReportedState, attempt: str, *, has_reports: bool
-    ) -> bool:
-        """Nothing here can matter to a rollout: see CheckInItem.idle."""
-        if has_reports or attempt or running != view.device.reported:
-            return False
-        return not self._views.is_managed(running.release) and not self._views.has_live_attempt(view.device.name)
-
-    async def _decide(
-        self, organization: str, view: DeviceView, body: CheckInBody, item: device_pb2.CheckInItem, answer: _Answer
-    ) -> None:
-        if body.attempt is not None and body.attempt.ask == "go":
-            await self._ask_go(organization, item, answer)
-            return
-        resolution = self._views.resolve(view, item.running, int(self._now() * 1000))
-        item.receipt.steps.extend(reason_of(step) for step in resolution.steps)
-        if body.attempt is not None or not resolution.candidates:
-            return
-        candidates = [candidate_of(one) for one in resolution.candidates]
-        plans = [self._views.plan_of(candidate) for candidate in candidates]
-        if not body.reports and all(self._closed.is_closed(plan) for plan in plans):
-            answer.reasons.append(reason("PLAN_CLOSED", "the rollout had no place a moment ago", plans[0]))
-            return
-        await self._claim(organization, view, item, candidates, answer)
-
-    async def _ask_go(self, organization: str, item: device_pb2.CheckInItem, answer: _Answer) -> None:
-        try:
-            response = await self._authorize(
-                rollout_pb2.AuthorizeSwitchRequest(
-                    organization=organization, attempt=item.attempt, device=item.device, check_in=item
-                )
-            )
-        except grpc.aio.AioRpcError as error:
-            answer.kind, answer.attempt = "wait", item.attempt
-            answer.body = {"wait": {"attempt": item.attempt}}
-            answer.reasons.append(_leader_unreachable(error))
-            return
-        kinds = {
-            rollout_pb2.AuthorizeSwitchResponse.ANSWER_GO: "go",
-            rollout_pb2.AuthorizeSwitchResponse.ANSWER_CANCEL: "cancel",
-        }
-        answer.kind = kinds.get(response.answer, "wait")
-        answer.attempt = item.attempt
-        answer.reasons.extend(response.reasons)
-        details: dict[str, Any] = {"attempt": item.attempt}
-        if answer.kind == "go":
-            details["valid_for_s"] = response.valid_for_s
-        answer.body = {answer.kind: details}
-
-    async def _claim(
-        self,
-        organization: str,
-        view: DeviceView,
-        item: device_pb2.CheckInItem,
-        candidates: list[releases_pb2.Candidate],
-        answer: _Answer,
-    ) -> None:
-        claim = rollout_pb2.ClaimItem(
-            device=item.device, device_uid=item.device_uid, candidates=candidates, check_in=item
+            candidates=decided.candidates,
+            check_in=device_pb2.CheckInItem.FromString(item),
         )
         try:
-            result = await self._claims.claim(organization, claim)
+            result = await self._claims.claim(view.organization, claim)
         except grpc.aio.AioRpcError as error:
             answer.reasons.append(_leader_unreachable(error))
             return
         answer.reasons.extend(result.reasons)
-        self._closed.close(result.closed_plan, result.closed_for_ms, self._poll_interval(view))
+        self._closed.close(result.closed_plan, result.closed_for_ms, self._views.polling(view.device.name)[0])
         if result.cancel_attempt:
             answer.kind, answer.attempt = "cancel", result.cancel_attempt
             answer.body = {"cancel": {"attempt": result.cancel_attempt}}
@@ -198,14 +182,51 @@ class CheckInHandler:
             answer.kind, answer.attempt = "offer", result.offer.attempt
             answer.body = {"offer": offer_json(result.offer)}
 
-    def _poll_interval(self, view: DeviceView) -> float:
-        policy = self._views.policy(view.device.name)
-        return policy.poll_interval.ToTimedelta().total_seconds() or DEFAULT_POLL_S
+    async def _ask_go(self, view: DeviceView, item: bytes, answer: _Answer) -> None:
+        check_in = device_pb2.CheckInItem.FromString(item)
+        answer.attempt = check_in.attempt
+        details: dict[str, Any] = {"attempt": check_in.attempt}
+        try:
+            response = await self._authorize(
+                rollout_pb2.AuthorizeSwitchRequest(
+                    organization=view.organization,
+                    attempt=check_in.attempt,
+                    device=check_in.device,
+                    check_in=check_in,
+                )
+            )
+        except grpc.aio.AioRpcError as error:
+            answer.kind, answer.body = "wait", {"wait": details}
+            answer.reasons.append(_leader_unreachable(error))
+            return
+        kinds = {
+            rollout_pb2.AuthorizeSwitchResponse.ANSWER_GO: "go",
+            rollout_pb2.AuthorizeSwitchResponse.ANSWER_CANCEL: "cancel",
+        }
+        answer.kind = kinds.get(response.answer, "wait")
+        answer.reasons.extend(response.reasons)
+        if answer.kind == "go":
+            details["valid_for_s"] = response.valid_for_s
+        answer.body = {answer.kind: details}
 
-    def _poll_after(self, view: DeviceView) -> float:
-        interval = self._poll_interval(view)
-        jitter = self._views.policy(view.device.name).poll_jitter.ToTimedelta().total_seconds() or interval / 10
-        return interval + random.random() * jitter  # noqa: S311 - spreads polls, decides nothing
+    def _written(self, view: DeviceView, accepted: int, reasons: bytes, kind: str, more: bytes) -> bytes:
+        interval, jitter = self._views.polling(view.entry.facts.name)
+        poll_after = interval + random.random() * jitter  # noqa: S311 - spreads polls, decides nothing
+        at = datetime.fromtimestamp(self._now(), UTC).isoformat()[:-6]
+        head = f'{{"server_time":"{at}Z","poll_after_s":{poll_after:.3f},"reports_accepted_through":{accepted},'
+        return b"".join((head.encode(), b'"reasons":', reasons, f',"answer":"{kind}"'.encode(), more, b"}"))
+
+
+def _receipt(decided_at_ms: int) -> bytes:
+    """Receipt of an idle poll: the last two fields of what its decision has begun."""
+    return device_pb2.CheckInItem(
+        receipt=device_pb2.Receipt(answer="none", decided_at_ms=decided_at_ms)
+    ).SerializeToString()
+
+
+def _members(body: dict[str, Any]) -> bytes:
+    """Members of an object, to be appended to others."""
+    return b"," + msgspec.json.encode(body)[1:-1] if body else b""
 
 
 def offer_json(offer: rollout_pb2.Offer) -> dict[str, Any]:
@@ -233,10 +254,6 @@ def offer_json(offer: rollout_pb2.Offer) -> dict[str, Any]:
         ],
         "lease_s": offer.lease_s,
     }
-
-
-def _reason_json(entry: device_pb2.Reason) -> dict[str, str]:
-    return {"code": entry.code, "message": entry.message, "subject": entry.subject}
 
 
 def _leader_unreachable(error: grpc.aio.AioRpcError) -> device_pb2.Reason:

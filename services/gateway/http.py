@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import ssl
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -24,13 +23,17 @@ from libs.rpc import error_of
 from libs.seal import unseal
 from services.gateway import body as bodies
 from services.gateway.checkin import CheckInHandler
+from services.gateway.directory import CertificateEntry, DeviceDirectory, DeviceEntry
 from services.gateway.est import EstApi, Issue
-from services.gateway.identity import fingerprint_of, judge, organization_of_socket, refuse_identity
+from services.gateway.identity import Peer, judge, organization_of_socket, peer_of, refuse_identity
 from services.gateway.views import DeviceView, GatewayViews
 
 log = logging.getLogger(__name__)
 
-ADMISSION_DEADLINE_S: Final = 8.0
+MOST_ADMISSIONS: Final = 64
+"""Admissions under way at a time: a fleet that arrives at once must not drown pki (and its log)."""
+BODY_S: Final = 10.0
+"""A body that is not here by then is not waited for: slow senders must not hold connections for ever."""
 LINK_LIFE_S: Final = 60
 
 _ASK_PKI: Final = (pki_pb2.DeviceCertificate.STATE_PENDING, pki_pb2.DeviceCertificate.STATE_NEXT)
@@ -61,6 +64,7 @@ class DeviceApi:
         handler: CheckInHandler,
         admit: Admit,
         issue: Issue,
+        directory: DeviceDirectory,
         presign: Presign,
         seal_keys: Callable[[], dict[int, bytes]],
         now: Callable[[], float] = time.time,
@@ -68,6 +72,7 @@ class DeviceApi:
         self._views = views
         self._handler = handler
         self._admit = admit
+        self._directory = directory
         self._presign = presign
         self._seal_keys = seal_keys
         self._now = now
@@ -85,13 +90,13 @@ class DeviceApi:
     async def check_in(self, request: web.Request) -> web.Response:
         """POST /v1/checkin."""
         view = await self._identify(request)
-        raw = await request.read()
+        raw = await _body(request)
         body = bodies.parse(raw)
         if body.device and body.device not in (view.device.name, view.device.identifier):
             log.warning("identity mismatch: certificate of %s, body names another device", view.device.name)
             return _error(409, "IDENTITY_MISMATCH", "the body names another device than the certificate does")
-        answer = await self._handler.handle(view.organization, view, raw, body)
-        return web.json_response(answer)
+        answer = await self._handler.handle(view, self._views.partition(view.organization), raw, body)
+        return web.Response(body=answer, content_type="application/json")
 
     async def download(self, request: web.Request) -> web.Response:
         """GET /v1/downloads/{grant}/{digest}: check the seal, the certificate and the plan, then redirect."""
@@ -111,31 +116,40 @@ class DeviceApi:
         return web.Response(status=307, headers={"Location": url, "Cache-Control": "no-store"})
 
     async def _identify(self, request: web.Request, *, renewing: bool = False) -> DeviceView:
-        ssl_object = _ssl_object(request)
-        der = ssl_object.getpeercert(binary_form=True) if ssl_object else None
-        if ssl_object is None or der is None:
-            raise refuse_identity("CERTIFICATE_MISSING", "present a device certificate")
-        organization = organization_of_socket(ssl_object)
-        fingerprint = fingerprint_of(der)
-        certificate = self._views.certificate(organization, fingerprint)
+        peer = peer_of(_ssl_object(request))
+        certificate = self._directory.certificates.get(peer.key)
+        if certificate is None:
+            partition = self._views.partition(peer.organization)
+            certificate = await self._directory.certificates.fetch(partition, peer.key)
         if certificate is None or certificate.state in _ASK_PKI:
-            certificate = await self._admitted(organization, fingerprint, der)
-        view = self._views.device(organization, certificate.device, fingerprint)
-        if view is not None and view.retired:
+            certificate = CertificateEntry.of(await self._admitted(peer))
+        device = self._directory.devices.get(certificate.device)
+        if device is None:
+            device = await self._device(peer.organization, certificate.device)
+        if device is not None and device.facts.retired:
             raise refuse_identity("DEVICE_RETIRED", "this device was decommissioned")
         policy = self._views.policy(certificate.device).certificate_policy
-        judge(certificate, self._views.ca_state(certificate), policy, self._now(), renewing=renewing)
-        if view is None:
+        state = self._views.ca_state(certificate.certificate)
+        judge(certificate.certificate, state, policy, self._now(), renewing=renewing)
+        if device is None:
             raise UnavailableError("ADMISSION_PENDING", "the device is being created: try again", retry_after_s=1)
-        return view
+        return DeviceView(peer.organization, device, certificate)
 
-    async def _admitted(self, organization: str, fingerprint: str, der: bytes) -> pki_pb2.DeviceCertificate:
+    async def _device(self, organization: str, name: str) -> DeviceEntry | None:
+        """A device that is not cached. Its name comes from pki, its record from the registry, which may come later."""
+        if not name.startswith(f"organizations/{organization}/") or self._views.is_parked(name):
+            return None
+        return await self._directory.devices.fetch(self._views.partition(organization), name)
+
+    async def _admitted(self, peer: Peer) -> pki_pb2.DeviceCertificate:
         """Ask pki once per fingerprint at a time; everyone who waits shares the answer."""
-        running = self._admissions.get(fingerprint)
+        running = self._admissions.get(peer.fingerprint)
         if running is None:
-            running = asyncio.ensure_future(self._ask_admission(organization, der))
-            self._admissions[fingerprint] = running
-            running.add_done_callback(lambda _: self._admissions.pop(fingerprint, None))
+            if len(self._admissions) >= MOST_ADMISSIONS:
+                raise UnavailableError("ADMISSION_BUSY", "many devices are being admitted: try later", retry_after_s=3)
+            running = asyncio.ensure_future(self._ask_admission(peer.organization, peer.der))
+            self._admissions[peer.fingerprint] = running
+            running.add_done_callback(lambda _: self._admissions.pop(peer.fingerprint, None))
         try:
             return await asyncio.shield(running)
         except grpc.aio.AioRpcError as error:
@@ -155,6 +169,17 @@ def _ssl_object(request: web.Request) -> ssl.SSLObject | None:
 def _organization(request: web.Request) -> str:
     ssl_object = _ssl_object(request)
     return organization_of_socket(ssl_object) if ssl_object else ""
+
+
+async def _body(request: web.Request) -> bytes:
+    """The body, in time. It mostly came with the head, and then there is nothing to wait for."""
+    if request.content.is_eof():
+        return await request.read()
+    try:
+        async with asyncio.timeout(BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout from None
 
 
 def _error(status: int, reason: str, message: str, retry_after_s: float | None = None) -> web.Response:
@@ -178,8 +203,13 @@ async def _errors(
         return _error(status, error.reason, error.message, wait_s)
     except web.HTTPRequestEntityTooLarge:
         return _error(413, "BODY_TOO_LARGE", f"a body holds at most {bodies.MAX_BODY} bytes")
+    except web.HTTPRequestTimeout:
+        answer = _error(408, "BODY_TIMEOUT", f"the body was not here within {BODY_S:g} s")
+        answer.force_close()
+        return answer
     except web.HTTPException as error:
-        return _error(error.status, "NO_SUCH_ROUTE" if error.status == 404 else "HTTP_ERROR", error.reason)
+        reason = {404: "NO_SUCH_ROUTE", 405: "METHOD_NOT_ALLOWED"}.get(error.status, "HTTP_ERROR")
+        return _error(error.status, reason, error.reason)
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:

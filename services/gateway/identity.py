@@ -13,18 +13,21 @@ Rules (protocols.md section 3, docs/device-api.md):
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from groundswell.pki.v1 import pki_pb2
 from groundswell.registry.v1 import registry_pb2
 
 from libs.errors import PermissionDeniedError
+from services.gateway.directory import certificate_key
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,17 @@ class HandshakeFailures:
                 self.counts[verify_code],
                 message,
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other end of a connection, for as long as that lasts."""
+
+    organization: str
+    fingerprint: str
+    key: str
+    """Of its certificate in the directory."""
+    der: bytes
 
 
 class _OrganizationContext(ssl.SSLContext):
@@ -124,6 +138,22 @@ class DeviceTls:
             return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
         ssl_object.context = context
         return None
+
+
+def peer_of(ssl_object: ssl.SSLObject | None) -> Peer:
+    """Who is at the other end; read once for each connection, because a leaf cannot change within one."""
+    known: Peer | None = getattr(ssl_object, "peer", None)
+    if known is not None:
+        return known
+    der = ssl_object.getpeercert(binary_form=True) if ssl_object is not None else None
+    if ssl_object is None or der is None:
+        raise refuse_identity("CERTIFICATE_MISSING", "present a device certificate")
+    organization = organization_of_socket(ssl_object)
+    fingerprint = fingerprint_of(der)
+    peer = Peer(organization, fingerprint, certificate_key(organization, fingerprint), der)
+    with contextlib.suppress(AttributeError):  # only our own class of the listener takes it
+        ssl_object.peer = peer  # type: ignore[attr-defined]
+    return peer
 
 
 def organization_of_socket(ssl_object: ssl.SSLObject | ssl.SSLSocket) -> str:

@@ -1,5 +1,8 @@
 """Publishes what devices said and what was decided: one signed ``CheckInBatch`` record per organization and moment.
 
+Items come serialized, and a batch is their bytes one after the other. When Kafka takes nothing, what waits is bounded:
+``takes`` says so before anything is decided, and items beyond the bound are dropped, which their devices are told.
+
 Rules (protocols.md section 5): one organization per record; up to 500 items, 256 KiB or 50 ms; the producer is
 idempotent; a report counts as accepted only when Kafka has acknowledged its record. Once a second a heartbeat goes to
 every partition: stream time, and with it every soak and deadline, moves by these heartbeats alone.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -27,6 +31,11 @@ LINGER_S: Final = 0.05
 HEARTBEAT_S: Final = 1.0
 ACKNOWLEDGEMENT_S: Final = 5.0
 """A device waits no longer than this for its reports to be accepted; it resends them at the next poll."""
+SILENT_S: Final = 2.0
+"""A record that Kafka has not acknowledged for so long: nothing is decided until it has."""
+MOST_WAITING: Final = 32 * 1024 * 1024
+"""Bytes that wait for Kafka at most."""
+_ITEM_TAG: Final = bytes([device_pb2.CheckInBatch.ITEMS_FIELD_NUMBER << 3 | 2])
 
 
 class CheckInProducer(Protocol):
@@ -37,9 +46,12 @@ class CheckInProducer(Protocol):
 
 
 @dataclass(slots=True)
-class _Pending:
+class Batch:
+    """Items of one organization that become one record."""
+
     organization: str
-    items: list[device_pb2.CheckInItem] = field(default_factory=list)
+    items: list[bytes] = field(default_factory=list)
+    """Tag, length and bytes of each item."""
     size: int = 0
     done: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -53,43 +65,55 @@ class CheckInPublisher:
         make_signer: Callable[[], CheckInSigner],
         gateway: str,
         partitions: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._producer = producer
+        self._clock = clock
         self._signer = make_signer()
         self._gateway = gateway
         self._partitions = partitions
-        self._open: dict[str, _Pending] = {}
+        self._open: dict[str, Batch] = {}
         self._locks = [asyncio.Lock() for _ in range(partitions)]
         self._sending: set[asyncio.Task[None]] = set()
+        self._sends = 0
+        self._unacknowledged: list[dict[int, float]] = [{} for _ in range(partitions)]
+        """When each record under way was handed over, by partition, oldest first."""
+        self._waiting = 0
         self.failures = 0
         """Records that Kafka did not acknowledge in time."""
+        self.dropped = 0
+        """Items for which there was no room."""
 
-    async def publish(self, organization: str, item: device_pb2.CheckInItem) -> bool:
-        """Append an item to the organization's open batch; True when Kafka has it, False when that is not known."""
-        return await self.confirm(self.enqueue(organization, item))
+    def takes(self, partition: int) -> bool:
+        """Whether Kafka has been taking what was sent."""
+        oldest = next(iter(self._unacknowledged[partition].values()), None)
+        return self._waiting < MOST_WAITING and (oldest is None or self._clock() - oldest < SILENT_S)
 
-    async def confirm(self, done: asyncio.Future[bool]) -> bool:
-        """Wait for what ``enqueue`` returned, but not for ever."""
+    async def confirm(self, batch: Batch) -> bool:
+        """Whether Kafka has the batch; waits, but not for ever."""
         try:
-            return await asyncio.wait_for(asyncio.shield(done), ACKNOWLEDGEMENT_S)
+            return await asyncio.wait_for(asyncio.shield(batch.done), ACKNOWLEDGEMENT_S)
         except TimeoutError:
             return False
 
-    def enqueue(self, organization: str, item: device_pb2.CheckInItem) -> asyncio.Future[bool]:
-        """Append without waiting."""
+    def enqueue(self, organization: str, item: bytes) -> Batch | None:
+        """Append a serialized CheckInItem without waiting; None when there is no room for it."""
         batch = self._open.get(organization)
-        size = item.ByteSize() + 8
-        if batch is not None and (len(batch.items) >= MAX_ITEMS or batch.size + size > MAX_BYTES):
+        size = len(item) + 8
+        if batch is not None and (len(batch.items) >= MAX_ITEMS * 3 or batch.size + size > MAX_BYTES):
             self._close(batch)
             batch = None
         if batch is None:
-            batch = self._open[organization] = _Pending(organization)
+            if self._waiting >= MOST_WAITING:
+                self.dropped += 1
+                return None
+            batch = self._open[organization] = Batch(organization)
             asyncio.get_running_loop().call_later(LINGER_S, self._close, batch)
-        batch.items.append(item)
+        batch.items += (_ITEM_TAG, _varint(len(item)), item)
         batch.size += size
-        return batch.done
+        return batch
 
-    def _close(self, batch: _Pending) -> None:
+    def _close(self, batch: Batch) -> None:
         if self._open.get(batch.organization) is not batch:
             return
         del self._open[batch.organization]
@@ -97,15 +121,20 @@ class CheckInPublisher:
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 
-    async def _send_items(self, batch: _Pending) -> None:
-        message = device_pb2.CheckInBatch(gateway=self._gateway, organization=batch.organization, items=batch.items)
+    async def _send_items(self, batch: Batch) -> None:
+        head = device_pb2.CheckInBatch(gateway=self._gateway, organization=batch.organization).SerializeToString()
         partition = partition_of(batch.organization, self._partitions)
-        sent = await self._send(partition, batch.organization, message)
+        self._waiting += batch.size
+        try:
+            sent = await self._send(partition, batch.organization, head + b"".join(batch.items))
+        finally:
+            self._waiting -= batch.size
         if not batch.done.done():
             batch.done.set_result(sent)
 
-    async def _send(self, partition: int, key: str, message: device_pb2.CheckInBatch) -> bool:
-        value = message.SerializeToString()
+    async def _send(self, partition: int, key: str, value: bytes) -> bool:
+        number = self._sends = self._sends + 1
+        self._unacknowledged[partition][number] = self._clock()
         try:
             # Signing order must be log order: a lower sequence after a higher one would be dropped as a replay.
             async with self._locks[partition]:
@@ -115,17 +144,19 @@ class CheckInPublisher:
             self.failures += 1
             log.warning("check-in record not acknowledged: partition=%d %s: %s", partition, type(error).__name__, error)
             return False
+        finally:
+            del self._unacknowledged[partition][number]
         return True
 
     async def heartbeats(self) -> None:
         """Send one heartbeat per partition and second, for ever. A partition that hangs delays no other."""
         running: dict[int, asyncio.Task[bool]] = {}
-        message = device_pb2.CheckInBatch(gateway=self._gateway, heartbeat=True)
+        beat = device_pb2.CheckInBatch(gateway=self._gateway, heartbeat=True).SerializeToString()
         while True:
             for partition in range(self._partitions):
                 task = running.get(partition)
                 if task is None or task.done():
-                    running[partition] = asyncio.create_task(self._send(partition, "", message))
+                    running[partition] = asyncio.create_task(self._send(partition, "", beat))
             await asyncio.sleep(HEARTBEAT_S)
 
     async def drain(self) -> None:
@@ -134,3 +165,11 @@ class CheckInPublisher:
             self._close(batch)
         if self._sending:
             await asyncio.wait(self._sending, timeout=ACKNOWLEDGEMENT_S)
+
+
+def _varint(number: int) -> bytes:
+    if number < 0x80:
+        return bytes((number,))
+    if number < 0x4000:
+        return bytes((number & 0x7F | 0x80, number >> 7))
+    return bytes((number & 0x7F | 0x80, number >> 7 & 0x7F | 0x80, number >> 14))

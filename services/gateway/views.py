@@ -1,7 +1,9 @@
-"""What the gateway knows: the public logs of five services, folded in memory.
+"""What the gateway knows: the public logs of five services, folded in memory, but for devices and their certificates.
 
-Every value here can be built again from the logs. Facts for ``resolve()`` are made when a record arrives, so that a
-check-in only reads. Callbacks run in the order of each partition; nothing here waits.
+Products, CAs, bundles, graphs, plans and live attempts are few and are held. Devices and certificates are many: their
+records only pass by here, to rule the caches of :mod:`services.gateway.directory`. Every value can be built again from
+the logs. Facts for ``resolve()`` are made when a record arrives, so that a check-in only reads. Callbacks run in the
+order of each partition; nothing here waits.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final, Protocol
 
 from google.protobuf.message import Message
 from groundswell.artifacts.v1 import artifacts_pb2
@@ -29,8 +31,17 @@ from libs.eventlog.follower import ParkedRecord, PublicFollower
 from libs.eventlog.ports import EventLog
 from libs.names import organization_of, product_of
 from libs.resolution import BundleFacts, CohortGraph, DeviceFacts, OverrideFacts, PlanFacts, Resolution, resolve
-from libs.resolution.convert import bundle_facts, cohort_graph, device_facts, override_facts, plan_facts
+from libs.resolution.convert import (
+    bundle_facts,
+    candidate_of,
+    cohort_graph,
+    override_facts,
+    plan_facts,
+    reason_of,
+)
 from libs.rpc.directory import REGISTRY_RECORDS
+from services.gateway.body import Running, reasons_json, running_state
+from services.gateway.directory import CertificateEntry, DeviceEntry, certificate_key
 
 SOURCES: Final[Mapping[str, tuple[type[Message], ...]]] = {
     "registry": REGISTRY_RECORDS,
@@ -51,9 +62,26 @@ _LIVE: Final = frozenset(
         device_pb2.ATTEMPT_STATE_BOOTED,
     }
 )
+_DECISIVE: Final = frozenset(
+    {
+        artifacts_events.BundleChanged,
+        releases_events.GraphChanged,
+        releases_events.BundleOverrideChanged,
+        rollout_events.RolloutChanged,
+    }
+)
+"""What a resolution looks at, beside the device."""
 _ENDED: Final = frozenset({rollout_pb2.Rollout.STATE_COMPLETED})
 _MAX_PLANS: Final = 8
 """Rollouts of a cohort that an explanation goes into: the newest."""
+
+
+_SHARED: Final = 4096
+"""Decisions kept for whole classes of devices, in each partition."""
+_SHARED_MS: Final = 1000
+"""For so long at most: a decision names the time that is left until a schedule."""
+_SHARED_TEXT: Final = 1024
+_DEFAULT_POLL_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +89,45 @@ class DeviceView:
     """A device as a request sees it."""
 
     organization: str
-    device: registry_pb2.Device
-    fingerprint: str
+    entry: DeviceEntry
+    certificate: CertificateEntry
+
+    @property
+    def device(self) -> registry_pb2.Device:
+        """The registry's record."""
+        return self.entry.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the certificate of this connection."""
+        return self.certificate.certificate.fingerprint
 
     @property
     def retired(self) -> bool:
         """Decommissioned for good."""
-        return self.device.state == registry_pb2.Device.STATE_RETIRED
+        return self.entry.facts.retired
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A resolution with what every answer of its kind repeats. Shared by all devices of which the same is true."""
+
+    resolution: Resolution
+    running: registry_pb2.ReportedState
+    candidates: tuple[releases_pb2.Candidate, ...]
+    plans: tuple[str, ...]
+    """What limits grants of each candidate."""
+    said: bytes
+    """Running state and steps of the receipt, as the item in the check-in topic has them."""
+    reasons: bytes
+    """JSON of the last two reasons, for an answer of `none`."""
+    until_ms: int
+
+
+class CacheOf(Protocol):
+    """What the followed records of many things rule."""
+
+    def changed(self, partition: int, position: int, key: str, value: Any) -> None: ...
 
 
 class GatewayViews:
@@ -80,17 +140,19 @@ class GatewayViews:
         partitions: int,
         on_anchors: Callable[[str, tuple[bytes, ...]], None],
         on_plan: Callable[[str], None],
+        devices: CacheOf,
+        certificates: CacheOf,
     ) -> None:
         self._partitions = partitions
+        self._devices = devices
+        self._certificates = certificates
         self._on_anchors = on_anchors
         self._on_plan = on_plan
-        self._devices: dict[str, registry_pb2.Device] = {}
-        self._facts: dict[str, DeviceFacts] = {}
         self._policies: dict[str, registry_pb2.ConfigurationPolicy] = {}
+        self._polls: dict[str, tuple[float, float]] = {}
         self._gateway_seq: dict[str, int] = {}
         self._cas: dict[str, dict[str, pki_pb2.CaCertificate]] = {}
         self._issuing: dict[str, dict[str, pki_pb2.IssuingCa]] = {}
-        self._certificates: dict[str, pki_pb2.DeviceCertificate] = {}
         self._bundles: dict[str, BundleFacts] = {}
         self._blobs: dict[tuple[str, str], str] = {}
         self._graphs: dict[str, CohortGraph] = {}
@@ -102,6 +164,10 @@ class GatewayViews:
         self._live_attempts: dict[str, str] = {}
         self._parked: set[str] = set()
         self._no_policy = registry_pb2.ConfigurationPolicy()
+        self._shared: list[dict[tuple[object, ...], Decided]] = [{} for _ in range(partitions)]
+        self._positions: list[tuple[int, bytes] | None] = [None] * partitions
+        self._moves = 0
+        self._phased: set[str] = set()
         self.followers = {
             service: PublicFollower(
                 log, service, partitions, self._apply, env=env, types=types, on_parked=self._on_parked
@@ -125,23 +191,38 @@ class GatewayViews:
     # Folding.
 
     def _apply(self, record: Foreign) -> None:
-        self._parked.discard(record.resource)
-        fold = self._folds.get(type(record.payload))
+        self._moves += 1
+        if record.resource in self._parked:
+            self._parked.discard(record.resource)
+            self._shared[record.partition].clear()
+        kind = type(record.payload)
+        if kind in _DECISIVE:
+            self._shared[record.partition].clear()
+        fold = self._folds.get(kind)
         if fold is not None:
             fold(record)
 
     def _on_parked(self, record: ParkedRecord) -> None:
         """What is not understood is not guessed: its resource is offered to nobody until it is understood again."""
+        self._moves += 1
         self._parked.add(record.resource)
+        self._shared[record.partition].clear()
+        if record.service == "registry":
+            self._devices.changed(record.partition, record.position, record.resource, None)
+        elif record.service == "pki":
+            key = f"{record.organization}/{record.resource.rpartition('/')[2]}"
+            self._certificates.changed(record.partition, record.position, key, None)
 
     def _device_changed(self, record: Foreign) -> None:
         device: registry_pb2.Device = record.payload.device  # type: ignore[attr-defined]
-        self._devices[device.name] = device
-        self._facts[device.name] = device_facts(device)
+        self._devices.changed(record.partition, record.position, device.name, lambda: DeviceEntry.of(device))
 
     def _product_changed(self, record: Foreign) -> None:
         product: registry_pb2.Product = record.payload.product  # type: ignore[attr-defined]
         self._policies[product.name] = product.policy
+        interval = product.policy.poll_interval.ToTimedelta().total_seconds() or _DEFAULT_POLL_S
+        jitter = product.policy.poll_jitter.ToTimedelta().total_seconds() or interval / 10
+        self._polls[product.name] = (interval, jitter)
 
     def _gateway_changed(self, record: Foreign) -> None:
         self._gateway_seq[record.resource] = record.public_seq
@@ -167,7 +248,8 @@ class GatewayViews:
 
     def _certificate_changed(self, record: Foreign) -> None:
         certificate: pki_pb2.DeviceCertificate = record.payload.device_certificate  # type: ignore[attr-defined]
-        self._certificates[f"{organization_of(certificate.name)}/{certificate.fingerprint}"] = certificate
+        key = certificate_key(organization_of(certificate.name), certificate.fingerprint)
+        self._certificates.changed(record.partition, record.position, key, lambda: CertificateEntry.of(certificate))
 
     def _bundle_changed(self, record: Foreign) -> None:
         changed: artifacts_events.BundleChanged = record.payload  # type: ignore[assignment]
@@ -184,6 +266,10 @@ class GatewayViews:
             self._managed.pop(name, None)
         self._graphs[changed.cohort] = cohort_graph(changed.cohort, changed.releases)
         self._managed |= {release.name: release.rollout for release in changed.releases if release.rollout}
+        if any(node.share_ppm is not None for node in self._graphs[changed.cohort].releases.values()):
+            self._phased.add(changed.cohort)
+        else:
+            self._phased.discard(changed.cohort)
 
     def _override_changed(self, record: Foreign) -> None:
         changed: releases_events.BundleOverrideChanged = record.payload  # type: ignore[assignment]
@@ -225,9 +311,8 @@ class GatewayViews:
         """Partition of an organization."""
         return partition_of(organization, self._partitions)
 
-    def stale_services(self, organization: str, limit_s: float) -> Sequence[str]:
-        """Services whose view of the organization's partition is over ``limit_s`` behind."""
-        partition = self.partition(organization)
+    def stale_services(self, partition: int, limit_s: float) -> Sequence[str]:
+        """Services whose view of the partition is over ``limit_s`` behind."""
         return [name for name, follower in self.followers.items() if follower.lag_s(partition) > limit_s]
 
     def positions(self, organization: str) -> list[device_pb2.ViewPosition]:
@@ -241,9 +326,14 @@ class GatewayViews:
             for token in tokens
         ]
 
-    def certificate(self, organization: str, fingerprint: str) -> pki_pb2.DeviceCertificate | None:
-        """A certificate of the organization."""
-        return self._certificates.get(f"{organization}/{fingerprint}")
+    def said_positions(self, organization: str, partition: int) -> bytes:
+        """The same as the item in the check-in topic has them, made once for all that is said between two records."""
+        found = self._positions[partition]
+        if found is None or found[0] != self._moves:
+            receipt = device_pb2.Receipt(views=self.positions(organization))
+            found = (self._moves, device_pb2.CheckInItem(receipt=receipt).SerializeToString())
+            self._positions[partition] = found
+        return found[1]
 
     def ca_state(self, certificate: pki_pb2.DeviceCertificate) -> pki_pb2.CaCertificate.State.ValueType:
         """State of the customer's CA that signed it; unspecified for one of our own."""
@@ -254,31 +344,72 @@ class GatewayViews:
         """DER of the organization's issuing CAs, replaced ones too."""
         return tuple(one.der for one in self._issuing.get(organization, {}).values())
 
-    def device(self, organization: str, name: str, fingerprint: str) -> DeviceView | None:
-        """A device, once the registry's record of it has arrived."""
-        device = self._devices.get(name)
-        if device is None or name in self._parked or organization_of(name) != organization:
-            return None
-        return DeviceView(organization, device, fingerprint)
+    def is_parked(self, name: str) -> bool:
+        """Whether the last record of a resource is not understood here."""
+        return name in self._parked
 
     def policy(self, device: str) -> registry_pb2.ConfigurationPolicy:
         """Configuration policy of the device's product."""
         return self._policies.get(product_of(device), self._no_policy)
 
-    def resolve(self, view: DeviceView, running: registry_pb2.ReportedState, now_ms: int) -> Resolution:
-        """Candidates for what the device runs right now."""
-        facts = replace(
-            self._facts[view.device.name], release=running.release, bundle=running.bundle, version=running.version
+    def polling(self, device: str) -> tuple[float, float]:
+        """Poll interval and jitter of the device's product, in seconds."""
+        return self._polls.get(product_of(device), (_DEFAULT_POLL_S, _DEFAULT_POLL_S / 10))
+
+    def decide(self, view: DeviceView, partition: int, said: Running, now_ms: int) -> Decided:
+        """Candidates for what the device says it runs, and the steps that led to them.
+
+        Most of a fleet is alike: what depends on nothing of the single device is decided once for all of its class, and
+        again after any record that could change it.
+        """
+        facts = view.entry.facts
+        key = (facts.cohort, facts.target, facts.tags, said.release, said.bundle, said.version, said.security_version)
+        name = facts.name
+        alone = (
+            facts.quarantined
+            or facts.retired
+            or not facts.cohort
+            or facts.cohort in self._phased
+            or bool(self._overrides.get(name))
         )
+        if alone:
+            return self._decided(facts, said, now_ms)
+        shared = self._shared[partition]
+        found = shared.get(key)
+        if found is None or now_ms >= found.until_ms or now_ms < found.until_ms - _SHARED_MS:
+            found = self._decided(facts, said, now_ms)
+            if len(said.release) + len(said.bundle) + len(said.version) <= _SHARED_TEXT:
+                if len(shared) >= _SHARED:
+                    shared.clear()
+                shared[key] = found
+        return found
+
+    def _decided(self, facts: DeviceFacts, said: Running, now_ms: int) -> Decided:
+        running = running_state(said)
         cohort = facts.cohort
-        overrides = self._overrides.get(view.device.name)
-        return resolve(
-            facts,
-            None if cohort in self._parked else self._graphs.get(cohort),
+        overrides = self._overrides.get(facts.name)
+        graph = None if cohort in self._parked else self._graphs.get(cohort)
+        resolution = resolve(
+            replace(facts, release=running.release, bundle=running.bundle, version=running.version),
+            graph,
             tuple(overrides.values()) if overrides else (),
             self._bundles,
             self._plans.get(cohort, ()),
             now_ms,
+        )
+        candidates = tuple(candidate_of(one) for one in resolution.candidates)
+        steps = [reason_of(step) for step in resolution.steps]
+        item = device_pb2.CheckInItem(running=running, receipt=device_pb2.Receipt(steps=steps))
+        schedules = (node.schedule_ms for node in graph.releases.values()) if graph is not None else ()
+        until_ms = min((at for at in schedules if at > now_ms), default=now_ms + _SHARED_MS)
+        return Decided(
+            resolution,
+            running,
+            candidates,
+            tuple(self.plan_of(candidate) for candidate in candidates),
+            item.SerializeToString(),
+            reasons_json(steps[-2:]),
+            min(until_ms, now_ms + _SHARED_MS),
         )
 
     def plan_of(self, candidate: releases_pb2.Candidate) -> str:
@@ -315,5 +446,5 @@ class GatewayViews:
 
     def summary(self) -> str:
         """Sizes, for the health answer."""
-        sizes = {"devices": len(self._devices), "rollouts": len(self._rollouts), "parked": len(self._parked)}
+        sizes = {"rollouts": len(self._rollouts), "live": len(self._live_attempts), "parked": len(self._parked)}
         return json.dumps(sizes)

@@ -294,7 +294,18 @@ class Tenant:
         """A device without an agent, known to the installation."""
         device = self.raw_device(self.factory.device(device_id))
         wait_until(f"{device_id} to be admitted", 20, lambda: device.check_in().status == 200, 0.2)
+        # The gateway reads the registry; the rollout service hears of the device in its own time.
+        wait_until(f"{device_id} to be known to rollouts", 20, lambda: self._is_known_to_rollouts(device_id), 0.1)
         return device
+
+    def _is_known_to_rollouts(self, device_id: str) -> bool:
+        try:
+            self.explain(device_id)
+        except ApiError as error:
+            if error.reason == "RESOURCE_NOT_FOUND":
+                return False
+            raise
+        return True
 
     def explain(self, device_id: str) -> rollout_pb2.ExplainDeviceResponse:
         return self.client.rollout.ExplainDevice(rollout_pb2.ExplainDeviceRequest(name=self.device_name(device_id)))

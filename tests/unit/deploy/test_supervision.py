@@ -10,6 +10,7 @@ import pytest
 
 from deploy.local import pids
 from deploy.local.credentials import S3Credentials
+from deploy.local.errors import StackError
 from deploy.local.services import service_specs
 from deploy.local.settings import load
 from deploy.local.specs import GrpcProbe, HttpProbe, Spec
@@ -72,3 +73,19 @@ def test_a_process_that_ignores_sigterm_is_killed() -> None:
         process = pids.Recorded(child.pid, pids.began(child.pid))
         assert pids.end([process], patience=0.2) == [child.pid]
         assert not process.is_alive()
+
+
+def test_further_gateways_share_the_device_port_and_nothing_else(tmp_path: Path) -> None:
+    given = load({"GROUNDSWELL_GATEWAYS": "3"}, tmp_path)
+    specs = [spec for spec in service_specs(given, S3Credentials("a", "b")) if spec.name.startswith("gateway")]
+    assert [spec.name for spec in specs] == ["gateway", "gateway-2", "gateway-3"]
+    assert len({spec.env["GROUNDSWELL_GATEWAY_LISTEN"] for spec in specs}) == 1
+    assert [spec.env.get("GROUNDSWELL_GATEWAY_ID", "local-1") for spec in specs] == ["local-1", "local-2", "local-3"]
+    assert len({spec.env["GROUNDSWELL_GATEWAY_HEALTH"] for spec in specs}) == 3
+    assert len({port for spec in specs for port in spec.ports}) == 4
+
+
+@pytest.mark.parametrize("given", ["0", "17", "two", "-1"])
+def test_an_unusable_number_of_gateways_is_refused(given: str, tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="GROUNDSWELL_GATEWAYS"):
+        load({"GROUNDSWELL_GATEWAYS": given}, tmp_path)
