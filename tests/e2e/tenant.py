@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import ssl
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
@@ -49,6 +50,14 @@ def seconds(value: float) -> Duration:
     duration = Duration()
     duration.FromNanoseconds(int(value * 1e9))
     return duration
+
+
+def is_admitted(device: RawDevice) -> bool:
+    """Whether a check-in is answered. Until the gateway has heard of the CA, the handshake ends instead."""
+    try:
+        return device.check_in().status == 200
+    except (ssl.SSLError, ConnectionError):
+        return False
 
 
 def _fresh_id() -> str:
@@ -293,12 +302,12 @@ class Tenant:
     def enrolled(self, device_id: str) -> RawDevice:
         """A device without an agent, known to the installation."""
         device = self.raw_device(self.factory.device(device_id))
-        wait_until(f"{device_id} to be admitted", 20, lambda: device.check_in().status == 200, 0.2)
+        wait_until(f"{device_id} to be admitted", 60, lambda: is_admitted(device), 0.2)
         # The gateway reads the registry; the rollout service hears of the device in its own time.
-        wait_until(f"{device_id} to be known to rollouts", 20, lambda: self._is_known_to_rollouts(device_id), 0.1)
+        wait_until(f"{device_id} to be known to rollouts", 20, lambda: self.is_known_to_rollouts(device_id), 0.1)
         return device
 
-    def _is_known_to_rollouts(self, device_id: str) -> bool:
+    def is_known_to_rollouts(self, device_id: str) -> bool:
         try:
             self.explain(device_id)
         except ApiError as error:
