@@ -5,6 +5,8 @@ This topic is not transactional: records are plain, ordered per partition, and a
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 from aiokafka import AIOKafkaProducer
 
 
@@ -23,6 +25,7 @@ class KafkaCheckInProducer:
             enable_idempotence=True,
             acks="all",
             linger_ms=0,
+            max_batch_size=768 * 1024,  # what waits for an acknowledgement goes together in the next request
             request_timeout_ms=10_000,
             max_request_size=300 * 1024,
         )
@@ -35,6 +38,15 @@ class KafkaCheckInProducer:
         """Flush and disconnect."""
         await self._producer.stop()
 
+    async def post(
+        self, partition: int, key: bytes, value: bytes, headers: list[tuple[str, bytes]]
+    ) -> Awaitable[object]:
+        """Hand a record over, in order, and return what ends when it is in the log: several may be under way."""
+        acknowledged: Awaitable[object] = await self._producer.send(
+            self.topic, value, key=key or None, partition=partition, headers=headers
+        )
+        return acknowledged
+
     async def send(self, partition: int, key: bytes, value: bytes, headers: list[tuple[str, bytes]]) -> None:
         """Return when the record is in the log."""
-        await self._producer.send_and_wait(self.topic, value, key=key or None, partition=partition, headers=headers)
+        await (await self.post(partition, key, value, headers))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -41,8 +41,10 @@ _ITEM_TAG: Final = bytes([device_pb2.CheckInBatch.ITEMS_FIELD_NUMBER << 3 | 2])
 class CheckInProducer(Protocol):
     """What the publisher needs of Kafka: an idempotent, acknowledged send to one partition."""
 
-    async def send(self, partition: int, key: bytes, value: bytes, headers: list[tuple[str, bytes]]) -> None:
-        """Return when the record is in the log; raise when that is not known."""
+    async def post(
+        self, partition: int, key: bytes, value: bytes, headers: list[tuple[str, bytes]]
+    ) -> Awaitable[object]:
+        """Hand a record over in order; what is returned ends when it is in the log, or raises when that is unknown."""
 
 
 @dataclass(slots=True)
@@ -139,7 +141,8 @@ class CheckInPublisher:
             # Signing order must be log order: a lower sequence after a higher one would be dropped as a replay.
             async with self._locks[partition]:
                 headers = self._signer.headers(partition, value)
-                await self._producer.send(partition, key.encode(), value, headers)
+                acknowledged = await self._producer.post(partition, key.encode(), value, headers)
+            await acknowledged
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the outcome is unknown and the device resends
             self.failures += 1
             log.warning("check-in record not acknowledged: partition=%d %s: %s", partition, type(error).__name__, error)
