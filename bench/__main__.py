@@ -13,6 +13,9 @@ BENCHMARKS = (
     "bench.log_submit",
     "bench.grants",
     "bench.rollout_scale",
+    "bench.checkins",
+    "bench.worker",
+    "bench.cycles",
 )
 
 

@@ -43,7 +43,7 @@ class Delivery:
 class Models(Protocol):
     """The read models; they never hold the stream up."""
 
-    async def update(self, partition: int, observed: Observed) -> None: ...
+    async def update(self, partition: int, records: Sequence[Observed]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +142,7 @@ class Pump:
     async def _send(self) -> None:
         request, count = self._backlog.take()
         await self._for_ever(lambda: self._tools.record(request))
-        for observed in self._backlog.done(count):
-            await self._tools.models.update(self.partition, observed)
+        await self._tools.models.update(self.partition, self._backlog.done(count))
         for delivery in self._open[:count]:
             delivery.acknowledge()
         del self._open[:count]

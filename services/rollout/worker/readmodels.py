@@ -1,13 +1,16 @@
 """Last-seen and the last receipt of each device in Redis: rebuildable, so trouble here never holds the stream up.
 
-One script per record, guarded by (partition, position): a redelivered record changes nothing.
+One script for the records of one acknowledgement, guarded by (partition, position): what was applied and is delivered
+again changes nothing.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Final
 
+import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
@@ -18,17 +21,21 @@ log = logging.getLogger(__name__)
 
 KEEP_S: Final = 14 * 24 * 3600
 """As long as the check-in topic keeps receipts."""
+MOST_DEVICES: Final = 2000
+"""Devices of one script, which keeps Redis from everybody else while it runs."""
 _SCRIPT: Final = """
 local at = redis.call('HGET', KEYS[1], ARGV[1])
 if at and tonumber(at) >= tonumber(ARGV[2]) then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
-for i = 2, #KEYS, 2 do
-  redis.call('SET', KEYS[i], ARGV[4], 'EX', ARGV[3])
-  local receipt = ARGV[4 + i / 2]
-  if receipt ~= '' then redis.call('SET', KEYS[i + 1], receipt, 'EX', ARGV[3]) end
+local said = cmsgpack.unpack(ARGV[4])
+for i = 1, #said, 3 do
+  redis.call('SET', ARGV[5] .. said[i], said[i + 1], 'EX', ARGV[3])
+  if said[i + 2] ~= '' then redis.call('SET', ARGV[6] .. said[i], said[i + 2], 'EX', ARGV[3]) end
 end
 return 1
 """
+"""Device, time and receipt come by turns in one MessagePack array, which is packed in one go; as arguments of the
+command each would be packed by itself."""
 
 
 class ReadModels:
@@ -40,17 +47,25 @@ class ReadModels:
         self._script = redis.register_script(_SCRIPT)
         self.failures = 0
 
-    async def update(self, partition: int, observed: Observed) -> None:
-        """Apply one record once; a failure is counted and forgotten, the next check-in repeats it."""
-        if not observed.devices:
-            return
-        keys = [positions_key(self._env)]
-        for seen in observed.devices:
-            keys += [last_seen_key(self._env, seen.device), receipt_key(self._env, seen.device)]
-        arguments: list[str | int | bytes] = [partition, observed.position, KEEP_S, observed.devices[0].seen_ms]
-        arguments += [seen.receipt for seen in observed.devices]
+    async def update(self, partition: int, records: Sequence[Observed]) -> None:
+        """Apply records, in order, once; a failure is counted and forgotten, the next check-in repeats it."""
+        said: dict[str, tuple[str, bytes]] = {}
+        for index, observed in enumerate(records):
+            seen_ms = str(observed.devices[0].seen_ms) if observed.devices else ""
+            for seen in observed.devices:
+                said[seen.device] = (seen_ms, seen.receipt or said.get(seen.device, ("", b""))[1])
+            if said and (len(said) >= MOST_DEVICES or index + 1 == len(records)):
+                await self._apply(partition, observed.position, said)
+                said = {}
+
+    async def _apply(self, partition: int, position: int, said: dict[str, tuple[str, bytes]]) -> None:
+        flat = [part for device, (seen_ms, receipt) in said.items() for part in (device, seen_ms, receipt)]
+        prefixes = (last_seen_key(self._env, ""), receipt_key(self._env, ""))
         try:
-            await self._script(keys=keys, args=arguments)
+            await self._script(
+                keys=[positions_key(self._env)],
+                args=[partition, position, KEEP_S, msgspec.msgpack.encode(flat), *prefixes],
+            )
         except RedisError as error:
             self.failures += 1
             if self.failures % 100 == 1:

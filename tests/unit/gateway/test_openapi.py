@@ -136,7 +136,7 @@ def test_an_offer_is_described() -> None:
         version="1.1.0",
         security_version=1,
         statement=b"s",
-        signatures=[artifacts_pb2.Signature(key_id="ab" * 32, signature="c2ln")],
+        signatures=[artifacts_pb2.Signature(key_id="ab" * 32, signature="ab" * 64)],
         lease_s=60,
     )
     offer.binaries.add(

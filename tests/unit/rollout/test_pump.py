@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -70,8 +70,8 @@ class Bench:
     async def _reject(self, _partition: int, delivery: Delivery, why: Rejected) -> None:
         self.rejected.append((delivery.position, why.reason))
 
-    async def update(self, _partition: int, observed: Observed) -> None:
-        self.seen.extend(seen.device for seen in observed.devices)
+    async def update(self, _partition: int, records: Sequence[Observed]) -> None:
+        self.seen.extend(seen.device for observed in records for seen in observed.devices)
 
     async def deliver(self, position: int, *, idle: bool = False, forged: bool = False) -> None:
         batch = device_pb2.CheckInBatch(gateway=GATEWAY, organization="acme")

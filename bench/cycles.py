@@ -1,0 +1,233 @@
+"""Whole update cycles of devices: check-in, grant, three reports, go, confirmation; and downloads through the redirect.
+
+    python -m bench.cycles [--devices 300] [--rounds 3] [--megabytes 16]
+
+Cycles: all devices of an open stage begin at once, each over its own kept connection, and say the next thing as soon as
+the last was answered and taken by the log. The rate is devices by the time until the last has said CONFIRMED, with
+everything, this tool too, on the cores of one machine. Downloads: the same file by a fresh redirect each time, against
+the same link of the object store read again and again, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import resource
+import secrets
+import ssl
+import statistics
+import sys
+import time
+import uuid
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import uvloop
+from groundswell.artifacts.v1 import artifacts_pb2
+from groundswell.rollout.v1 import rollout_pb2
+
+from bench.installation import enrolled, running, tenant_of, what_else_ran
+from clients.sdk.signing import sign_bundle
+from demo.factory import Identity
+from tests.e2e.device import RawDevice
+from tests.e2e.stack import Stack
+from tests.e2e.tenant import Tenant, seconds
+
+RETRY_S: Final = 0.05
+LONGEST_S: Final = 300.0
+
+
+def started(tenant: Tenant, bundle: artifacts_pb2.Bundle, devices: int) -> str:
+    """An open stage that holds nobody back."""
+    stage = rollout_pb2.Stage(
+        display_name="all",
+        cohort=tenant.cohort("canary"),
+        max_in_flight=devices * 2,
+        gate=rollout_pb2.Gate(min_sample=devices, soak=seconds(1), dark_after=seconds(600), stall_after=seconds(3600)),
+    )
+    rollout = rollout_pb2.Rollout(
+        bundle=bundle.name,
+        stages=[stage],
+        failure_action=rollout_pb2.Rollout.FAILURE_ACTION_PAUSE,
+        attempt_policy=rollout_pb2.AttemptPolicy(lease=seconds(600), go_valid=seconds(60)),
+    )
+    created = tenant.client.rollout.CreateRollout(
+        rollout_pb2.CreateRolloutRequest(parent=tenant.product, rollout_id=f"r{secrets.token_hex(3)}", rollout=rollout)
+    )
+    request = rollout_pb2.StartRolloutRequest(name=created.name, request_id=str(uuid.uuid4()))
+    return str(tenant.client.rollout.StartRollout(request).name)
+
+
+class Device:
+    """A device that does as it is told, at once."""
+
+    def __init__(self, tenant: Tenant, identity: Identity) -> None:
+        self._tenant, self._identity = tenant, identity
+        self._agent = {"instance": str(uuid.uuid4()), "boot_id": str(uuid.uuid4())}
+        self._running: dict[str, Any] = {"version": "1.0.0", "slot": "a", "security_version": 1}
+        self._counter = 1_000_000
+
+    async def connect(self) -> None:
+        stack = self._tenant.stack
+        context = ssl.create_default_context(cafile=str(stack.profile.ca))
+        context.load_cert_chain(self._identity.certificate, self._identity.key)
+        host, _, port = stack.profile.gateway.rpartition(":")
+        self._reader, self._writer = await asyncio.open_connection(
+            host, int(port), ssl=context, server_hostname=self._tenant.server_name
+        )
+
+    async def _say(self, **more: Any) -> dict[str, Any]:
+        self._counter += 1
+        body = {"agent": {**self._agent, "counter": self._counter}, "running": self._running, **more}
+        raw = json.dumps(body).encode()
+        head = f"POST /v1/checkin HTTP/1.1\r\nHost: {self._tenant.server_name}\r\nContent-Length: {len(raw)}\r\n\r\n"
+        self._writer.write(head.encode() + raw)
+        got = await self._reader.readuntil(b"\r\n\r\n")
+        length = next(line for line in got.split(b"\r\n") if line.lower().startswith(b"content-length:"))
+        answer: dict[str, Any] = json.loads(await self._reader.readexactly(int(length.split(b":")[1])))
+        return answer
+
+    async def _until(self, kind: str, **more: Any) -> dict[str, Any]:
+        while True:
+            answer = await self._say(**more)
+            if answer.get("answer") == kind:
+                return answer
+            await asyncio.sleep(RETRY_S)
+
+    async def _report(self, attempt: str, state: str, **more: Any) -> None:
+        self._counter += 1
+        report = {"counter": self._counter, "attempt": attempt, "state": state}
+        while True:
+            answer = await self._say(reports=[report], **more)
+            if answer.get("reports_accepted_through", 0) >= report["counter"]:
+                return
+            await asyncio.sleep(RETRY_S)
+
+    async def cycle(self) -> None:
+        offer = (await self._until("offer"))["offer"]
+        attempt = offer["attempt"]
+        for state in ("ACCEPTED", "DOWNLOADED", "INSTALLED"):
+            await self._report(attempt, state, attempt={"name": attempt})
+        await self._until("go", attempt={"name": attempt, "ask": "go"})
+        self._running = {key: offer[key] for key in ("release", "bundle", "version", "security_version")}
+        await self._report(attempt, "CONFIRMED")
+
+
+async def cycles(tenant: Tenant, identities: list[Identity], rounds: int) -> tuple[float, float]:
+    """(median cycles a second, cores of this tool)."""
+    devices = [Device(tenant, identity) for identity in identities]
+    for device in devices:
+        await device.connect()
+    rates, cores = [], []
+    for number in range(rounds + 1):
+        bundle = await asyncio.to_thread(tenant.bundle, f"1.{number + 1}.0")
+        name = await asyncio.to_thread(started, tenant, bundle, len(devices))
+        used, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        async with asyncio.timeout(LONGEST_S):
+            await asyncio.gather(*(device.cycle() for device in devices))
+        spent, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF)
+        await asyncio.to_thread(tenant.await_completion, name, LONGEST_S)
+        if number:  # the first one warms up
+            rates.append(len(devices) / spent)
+            cores.append((after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime) / spent)
+    return statistics.median(rates), statistics.median(cores)
+
+
+# Downloads.
+
+
+def large_offer(tenant: Tenant, device: RawDevice, megabytes: int) -> str:
+    """The link of an offer of so many megabytes."""
+    path = tenant.directory / "large.bin"
+    path.write_bytes(secrets.token_bytes(megabytes << 20))
+    binary = tenant.upload("9.0.0", path)
+    created = tenant.client.artifacts.CreateBundle(
+        artifacts_pb2.CreateBundleRequest(
+            parent=tenant.product,
+            bundle_id="fw-9-0-0",
+            version="9.0.0",
+            security_version=9,
+            entries=[artifacts_pb2.BundleEntrySpec(binary=binary.name)],
+        )
+    )
+    signature = sign_bundle(tenant.key(), created)
+    bundle = tenant.client.artifacts.SignBundle(artifacts_pb2.SignBundleRequest(name=created.name, signature=signature))
+    started(tenant, bundle, 1)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        offer = device.check_in().body.get("offer")
+        if offer is not None:
+            return str(offer["binaries"][0]["url"])
+        time.sleep(0.1)
+    raise SystemExit("downloads: no offer came")
+
+
+def downloads(stack: Stack, tenant: Tenant, identity: Identity, megabytes: int, rounds: int) -> tuple[float, float]:
+    """Median MB/s through the redirect, and of the object store's own GET."""
+    device = tenant.raw_device(identity)
+    device.counter = 9_000_000
+    url = large_offer(tenant, device, megabytes)
+    host, _, port = stack.profile.gateway.rpartition(":")
+    gateway = http.client.HTTPConnection(host, int(port))
+    context = ssl.create_default_context(cafile=str(stack.profile.ca))
+    context.load_cert_chain(identity.certificate, identity.key)
+    gateway.connect()
+    gateway.sock = context.wrap_socket(gateway.sock, server_hostname=tenant.server_name)
+    store = http.client.HTTPConnection(urlsplit(stack.settings.s3).netloc)
+
+    def link() -> str:
+        gateway.request("GET", url)
+        answer = gateway.getresponse()
+        answer.read()
+        if answer.status != 307:
+            raise SystemExit(f"downloads: the gateway answered {answer.status}")
+        return str(answer.headers["location"])
+
+    def fetch(location: str) -> None:
+        parts = urlsplit(location)
+        store.request("GET", f"{parts.path}?{parts.query}", headers={"Host": parts.netloc})
+        answer, size = store.getresponse(), 0
+        while data := answer.read(1 << 20):
+            size += len(data)
+        if answer.status != 200 or size != megabytes << 20:
+            raise SystemExit(f"downloads: the object store answered {answer.status} with {size} bytes")
+
+    times: tuple[list[float], list[float]] = ([], [])
+    known = link()
+    fetch(known)
+    for _ in range(rounds * 10):
+        known = link()  # a link lives for a minute
+        for through_gateway in (True, False):
+            began = time.perf_counter()
+            fetch(link() if through_gateway else known)
+            times[not through_gateway].append(time.perf_counter() - began)
+    through, direct = (megabytes / statistics.median(one) for one in times)
+    return through, direct
+
+
+def main(devices: int, rounds: int, megabytes: int) -> None:
+    with running() as stack, tenant_of(stack) as tenant:
+        identities = enrolled(tenant, [f"canary-{number}" for number in range(devices + 1)])
+        rate, cores = uvloop.run(cycles(tenant, identities[:devices], rounds))
+        print(
+            f"cycles: {rate:,.0f} whole update cycles/s, {devices} devices at once (aim 1,000 on both cores); "
+            f"load tool {cores:.2f} cores; {what_else_ran()}"
+        )
+        through, direct = downloads(stack, tenant, identities[devices], megabytes, rounds)
+        print(
+            f"downloads: {through:,.0f} MB/s through the gateway's redirect, "
+            f"object store's own GET {direct:,.0f} MB/s, ratio {through / direct:.2f} (aim 0.90); "
+            f"files of {megabytes} MB; {what_else_ran()}"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--devices", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--megabytes", type=int, default=16)
+    parser.add_argument("--kafka", help="not used: the benchmark brings an installation of its own")
+    arguments = parser.parse_args(sys.argv[1:])
+    main(arguments.devices, arguments.rounds, arguments.megabytes)
