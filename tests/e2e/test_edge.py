@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import http.client
 import json
@@ -397,33 +398,110 @@ def test_redis_lost_and_emptied_while_it_runs_costs_nobody_an_answer(stack: Stac
     assert stack.health("gateway")["devices"]["redis_reads"] > 0
 
 
-def test_two_gateways_share_the_port_and_the_work(stack: Stack, tenant: Tenant) -> None:
-    bundle = tenant.bundle("1.1.0")
+@contextlib.contextmanager
+def another_gateway(stack: Stack, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A second gateway, with an id and a health port of its own; it must end well."""
     twice = replace(stack.settings, gateways=2)
-    spec = next(spec for spec in service_specs(twice, s3_credentials(stack.settings)) if spec.name == "gateway-2")
-    with subprocess.Popen(spec.argv, cwd=spec.cwd, env=spec.env, stderr=subprocess.DEVNULL) as second:
+    specs = {spec.name: spec for spec in service_specs(twice, s3_credentials(stack.settings))}
+    spec = specs["gateway-2"]
+
+    def healthy() -> bool:
         try:
+            with urllib.request.urlopen(spec.probe.url, timeout=5) as response:  # type: ignore[union-attr] # noqa: S310
+                return bool(response.status == 200)
+        except OSError:
+            return False
 
-            def healthy() -> bool:
-                try:
-                    with urllib.request.urlopen(spec.probe.url, timeout=5) as response:  # type: ignore[union-attr] # noqa: S310
-                        return bool(response.status == 200)
-                except OSError:
-                    return False
-
-            wait_until("the second gateway", 60, healthy, 0.2)
-            device = tenant.enrolled("canary-1")
-            name = tenant.start_rollout(bundle, cohorts=[("canary", 1)])
-            updated(device, offered(device))
-            tenant.await_completion(name)
-            for _ in range(40):
-                assert asked(device, running={"version": "1.1.0", "security_version": 1}).status == 200
-
-            def speakers() -> set[str]:
-                return {batch.gateway.rpartition("/")[2] for batch in batches(stack, tenant.organization)}
-
-            wait_until("both to have spoken", 20, lambda: speakers() == {"local-1", "local-2"}, 0.2)
+    with subprocess.Popen(spec.argv, cwd=spec.cwd, env=spec.env | environment, stderr=subprocess.DEVNULL) as second:
+        try:
+            wait_until("the second gateway", 90, healthy, 0.2)
+            yield second
         finally:
             second.terminate()
             assert second.wait(30) == 0
+
+
+def test_two_gateways_share_the_port_and_the_work(stack: Stack, tenant: Tenant) -> None:
+    bundle = tenant.bundle("1.1.0")
+    with another_gateway(stack):
+        device = tenant.enrolled("canary-1")
+        name = tenant.start_rollout(bundle, cohorts=[("canary", 1)])
+        updated(device, offered(device))
+        tenant.await_completion(name)
+        for _ in range(40):
+            assert asked(device, running={"version": "1.1.0", "security_version": 1}).status == 200
+
+        def speakers() -> set[str]:
+            return {batch.gateway.rpartition("/")[2] for batch in batches(stack, tenant.organization)}
+
+        wait_until("both to have spoken", 30, lambda: speakers() == {"local-1", "local-2"}, 0.2)
     logs.check(stack, tenant.organization, tenant.request_ids)
+
+
+def opened(device: RawDevice) -> ssl.SSLSocket:
+    """A connection that says nothing yet."""
+    plain = socket.create_connection(device._address, 30)
+    return device._context.wrap_socket(plain, server_hostname=device._server_name)
+
+
+def head_of(device: RawDevice, length: int, **headers: str) -> bytes:
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    text = ["POST /v1/checkin HTTP/1.1", f"Host: {device._server_name}", f"Content-Length: {length}", *lines]
+    return "\r\n".join([*text, "", ""]).encode()
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(home: Tenant) -> None:
+    device = home.enrolled("sleepy")
+    with opened(device) as connection:
+        began = time.monotonic()
+        connection.sendall(head_of(device, 100) + b"{")
+        heard = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert heard.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(heard.partition(b"\r\n\r\n")[2])["error"]["reason"] == "BODY_TIMEOUT"
+    assert 9 < time.monotonic() - began < 40
+
+
+def test_a_head_without_end_is_refused(home: Tenant) -> None:
+    device = home.enrolled("windy")
+    with opened(device) as connection:
+        connection.sendall(head_of(device, 2, **{"X-Long": "a" * 20_000}) + b"{}")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400 ")
+    assert asked(device).status == 200
+
+
+def test_a_gateway_cuts_connections_beyond_its_bound_and_ends_without_losing_what_was_said(
+    stack: Stack, home: Tenant
+) -> None:
+    device = home.enrolled("caller")
+    port = stack.settings.port(444)
+    own = {"GROUNDSWELL_GATEWAY_LISTEN": f"127.0.0.1:{port}", "GROUNDSWELL_GATEWAY_CONNECTIONS": "3"}
+    with another_gateway(stack, **own) as second:
+        device._address = ("127.0.0.1", port)
+        wait_until("to be answered there", 30, lambda: asked(device).status == 200, 0.2)
+        held: list[ssl.SSLSocket] = []
+
+        def full() -> bool:
+            if len(held) < 3:
+                held.append(opened(device))
+            return len(held) == 3
+
+        wait_until("three connections", 30, full, 0.1)
+
+        def refused() -> bool:
+            try:
+                asked(device)
+            except (ssl.SSLError, ConnectionError, http.client.HTTPException):
+                return True
+            return False
+
+        wait_until("one more to be cut", 30, refused, 0.2)
+        held.pop().close()
+        wait_until("a place to be free again", 30, lambda: not refused(), 0.2)
+        raw = json.dumps(device.body()).encode()
+        held[0].sendall(head_of(device, len(raw)) + raw)
+        assert held[0].recv(4096).startswith(b"HTTP/1.1 200 ")
+        second.terminate()  # within the moment for which answers to others are collected into one record
+        for connection in held:
+            connection.close()
+    last = device.counter
+    wait_until("what was said last", 30, lambda: last in said_counters(stack, home, "caller"), 0.2)
