@@ -86,12 +86,13 @@ class OwnAgent:
         self._save(offer=offer.to_json(), phase="ACCEPTED")
 
     def _fetch(self, offer: sdk.Offer) -> None:
+        """Raises what passes: what was fetched stays, and the next poll goes on from there."""
         try:
             for binary in offer.binaries:
                 path = self._root / f"{binary.digest}.part"
                 sdk.fetch_once(self._api, binary, path, sdk.Pace(), lambda: None, remaining_s=600)
                 sdk.verify_file(path, binary)
-        except sdk.DeviceError as error:
+        except sdk.RefusedError as error:
             self._report(offer.attempt, "FAILED", error.reason, error.message)
             self._save(offer=None, phase="")
             return

@@ -23,7 +23,7 @@ from libs.errors import GroundswellError, UnavailableError
 from libs.rpc import error_of
 from libs.seal import unseal
 from services.gateway import body as bodies
-from services.gateway.checkin import CheckInHandler
+from services.gateway.checkin import FRESHNESS_S, CheckInHandler
 from services.gateway.directory import CertificateEntry, DeviceDirectory, DeviceEntry
 from services.gateway.est import EstApi, Issue
 from services.gateway.identity import Peer, judge, organization_of_socket, peer_of, refuse_identity
@@ -108,6 +108,11 @@ class DeviceApi:
             raise refuse_identity("LINK_NOT_YOURS", "this link was made for another device")
         if grant.digest != digest:
             return _error(404, "DIGEST_NOT_IN_OFFER", "the offer of this link holds no such digest")
+        stale = self._views.stale_services(self._views.partition(view.organization), FRESHNESS_S)
+        if stale:
+            # Whether the link was withdrawn or the device refused cannot be said now.
+            text = f"this gateway's view of {', '.join(stale)} is behind: try later"
+            raise UnavailableError("GATEWAY_STALE", text, retry_after_s=2)
         if not self._views.plan_allows_download(grant.rollout, grant.control_epoch):
             raise refuse_identity("OFFER_WITHDRAWN", "the rollout withdrew this offer: check in again")
         key = self._views.blob_key(view.organization, digest)
