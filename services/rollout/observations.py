@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from groundswell.rollout.v1 import rollout_pb2
 
@@ -15,9 +16,8 @@ from libs.checkins import VerifiedBatch
 MAX_ITEMS = 500
 
 
-@dataclass(frozen=True, slots=True)
-class SeenDevice:
-    """For the read models."""
+class SeenDevice(NamedTuple):
+    """For the read models. A tuple: one is made for each check-in there is."""
 
     device: str
     seen_ms: int
@@ -48,10 +48,7 @@ def observe(verified: VerifiedBatch, position: int, append_time_ms: int) -> Obse
             heartbeat=batch.heartbeat,
             items=items,
         )
-    devices = tuple(
-        SeenDevice(item.device, append_time_ms, item.receipt.SerializeToString() if item.HasField("receipt") else b"")
-        for item in batch.items
-    )
+    devices = tuple([SeenDevice(item.device, append_time_ms, item.receipt.SerializeToString()) for item in batch.items])
     return Observed(position, record, devices)
 
 
