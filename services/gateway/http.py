@@ -20,7 +20,6 @@ from aiohttp import web
 from groundswell.pki.v1 import pki_pb2
 
 from libs.errors import GroundswellError, UnavailableError
-from libs.names import organization_of
 from libs.rpc import error_of
 from libs.seal import unseal
 from services.gateway import body as bodies
@@ -145,7 +144,7 @@ class DeviceApi:
 
     async def _device(self, organization: str, name: str) -> DeviceEntry | None:
         """A device that is not cached. Its name comes from pki, its record from the registry, which may come later."""
-        if organization_of(name) != organization or self._views.is_parked(name):
+        if not name.startswith(f"organizations/{organization}/") or self._views.is_parked(name):
             return None
         return await self._directory.devices.fetch(self._views.partition(organization), name)
 

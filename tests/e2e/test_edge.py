@@ -96,7 +96,7 @@ def exchange(device: RawDevice, raw: bytes, headers: dict[str, str]) -> tuple[in
     """One request with headers of the sender's choice."""
     with socket.create_connection(device._address, 15) as plain:
         connection = http.client.HTTPConnection(*device._address, timeout=15)
-        with device._context.wrap_socket(plain, server_hostname=device._server_name) as connection.sock:
+        with device.context.wrap_socket(plain, server_hostname=device._server_name) as connection.sock:
             connection.request("POST", "/v1/checkin", raw, {"content-type": "application/json", **headers})
             response = connection.getresponse()
             return response.status, json.loads(response.read())
@@ -131,7 +131,8 @@ def test_t45_old_reports_said_again_change_nothing(stack: Stack, tenant: Tenant)
         return send(raw, method, path)
 
     device.send = listened  # type: ignore[method-assign]
-    answers = updated(device, offered(device))
+    offer = offered(device)
+    answers = updated(device, offer)
     assert {answer.body["answer"] for answer in answers} >= {"none", "go"}
     tenant.await_completion(name)
 
@@ -140,7 +141,8 @@ def test_t45_old_reports_said_again_change_nothing(stack: Stack, tenant: Tenant)
         for raw in (*reversed(said), *said):
             answer = send(raw)
             assert (answer.status, answer.body["answer"] in {"none", "cancel", "wait"}) == (200, True)
-        mark = asked(device, counter=2**40)
+        now = {key: offer[key] for key in ("release", "bundle", "version", "security_version")}
+        mark = asked(device, counter=2**40, running=now)
         assert mark.status == 200
         wait_until("the worker to have read it all", 60, lambda: 2**40 in said_counters(stack, tenant, "canary-1"), 0.2)
     assert [attempt.state for attempt in tenant.attempts(name)] == [device_pb2.ATTEMPT_STATE_CONFIRMED]
@@ -224,7 +226,7 @@ def test_t52_headers_that_a_proxy_would_set_are_nobodys_word(stack: Stack, home:
 
     nameless = ssl.create_default_context(cafile=str(stack.profile.ca))
     with pytest.raises((ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)):  # noqa: PT012
-        liar._context = nameless
+        liar.context = nameless
         exchange(liar, b"{}", dict.fromkeys(FORGED, values[0]))
 
 
@@ -435,7 +437,7 @@ def test_two_gateways_share_the_port_and_the_work(stack: Stack, tenant: Tenant) 
 def opened(device: RawDevice) -> ssl.SSLSocket:
     """A connection that says nothing yet."""
     plain = socket.create_connection(device._address, 30)
-    return device._context.wrap_socket(plain, server_hostname=device._server_name)
+    return device.context.wrap_socket(plain, server_hostname=device._server_name)
 
 
 def head_of(device: RawDevice, length: int, **headers: str) -> bytes:
