@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import pytest
 from groundswell.releases.v1 import events_pb2 as releases_events
@@ -19,9 +20,16 @@ RELEASE = f"{COHORT}/releases/2-0-0"
 ROLLOUT = "organizations/acme/products/p/rollouts/r"
 
 
+class NoCache:
+    """Devices and certificates play no part here."""
+
+    def changed(self, partition: int, position: int, key: str, value: Any) -> None: ...
+
+
 @pytest.fixture
 def views() -> GatewayViews:
-    return GatewayViews(MemoryLog(partitions=1), "dev", 1, lambda _organization, _anchors: None, lambda _plan: None)
+    log = MemoryLog(partitions=1)
+    return GatewayViews(log, "dev", 1, lambda _organization, _anchors: None, lambda _plan: None, NoCache(), NoCache())
 
 
 def hear(views: GatewayViews, resource: str, payload: object) -> None:
