@@ -43,12 +43,18 @@ class EstApi:
     """The EST routes of the device listener."""
 
     def __init__(
-        self, views: GatewayViews, identify: Identify, organization_of: Callable[[web.Request], str], issue: Issue
+        self,
+        views: GatewayViews,
+        identify: Identify,
+        organization_of: Callable[[web.Request], str],
+        issue: Issue,
+        body_of: Callable[[web.Request], Awaitable[bytes]],
     ) -> None:
         self._views = views
         self._identify = identify
         self._organization_of = organization_of
         self._issue = issue
+        self._body_of = body_of
 
     def add_to(self, app: web.Application) -> None:
         """Register the routes."""
@@ -82,7 +88,7 @@ class EstApi:
         asked = pki_pb2.IssueCertificateRequest(
             organization=view.organization,
             fingerprint=view.fingerprint,
-            csr_der=decode(await request.read()),
+            csr_der=decode(await self._body_of(request)),
             first=first,
         )
         try:

@@ -77,7 +77,7 @@ class DeviceApi:
         self._presign = presign
         self._seal_keys = seal_keys
         self._now = now
-        self._est = EstApi(views, self._identify, _organization, issue)
+        self._est = EstApi(views, self._identify, _organization, issue, _body)
         self._admissions: dict[str, asyncio.Future[pki_pb2.DeviceCertificate]] = {}
 
     def application(self) -> web.Application:

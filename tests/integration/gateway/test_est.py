@@ -17,12 +17,14 @@ from groundswell.pki.v1 import pki_pb2
 from groundswell.registry.v1 import registry_pb2
 
 from libs.errors import PermissionDeniedError
+from services.gateway.directory import CertificateEntry, DeviceEntry
 from services.gateway.est import EstApi
-from services.gateway.http import _errors
+from services.gateway.http import _body, _errors
 from services.gateway.views import DeviceView
 from tests.unit.pki.factory import Ca, csr, der
 
 DEVICE = "organizations/acme/products/thermostat/devices/SN-1"
+UID = "5b5c9c2e-6b0e-4a53-9a0e-9f4a3c1d2e3f"
 Leaf = pki_pb2.DeviceCertificate
 
 
@@ -39,7 +41,8 @@ class Door:
     async def identify(self, request: web.Request, *, renewing: bool = False) -> DeviceView:
         if self.expired and not renewing:
             raise PermissionDeniedError("CERTIFICATE_EXPIRED", "expired")
-        return DeviceView("acme", registry_pb2.Device(name=DEVICE), "ab" * 32)
+        certificate = CertificateEntry.of(Leaf(device=DEVICE, fingerprint="ab" * 32))
+        return DeviceView("acme", DeviceEntry.of(registry_pb2.Device(name=DEVICE, uid=UID)), certificate)
 
     async def issue(self, request: pki_pb2.IssueCertificateRequest) -> pki_pb2.IssueCertificateResponse:
         self.asked.append(request)
@@ -50,7 +53,7 @@ class Door:
         self.answer = der(self.ca.leaf("SN-1"))
         views: Any = SimpleNamespace(issuing_cas=lambda _: self.anchors)
         app = web.Application(middlewares=[_errors], client_max_size=16 * 1024)
-        EstApi(views, self.identify, lambda _: "acme", self.issue).add_to(app)
+        EstApi(views, self.identify, lambda _: "acme", self.issue, _body).add_to(app)
         async with TestClient(TestServer(app, host="127.0.0.1")) as client:
             yield client
 
