@@ -27,7 +27,7 @@ def running(tenant: Tenant) -> tuple[artifacts_pb2.Bundle, str]:
 def offered(device: RawDevice) -> str:
     """The attempt that the device is offered."""
     found: Answer = wait_until(
-        "an offer", 30, lambda: (got := device.check_in()).body.get("answer") == "offer" and got, 0.2
+        "an offer", 60, lambda: (got := device.check_in()).body.get("answer") == "offer" and got, 0.2
     )
     return str(found.body["offer"]["attempt"])
 
@@ -41,7 +41,7 @@ def installed(device: RawDevice, attempt: str) -> None:
     last = device.counter
     wait_until(
         "the reports to be taken",
-        20,
+        60,
         lambda: device.check_in(reports=reports, attempt={"name": attempt}).body["reports_accepted_through"] >= last,
         0.2,
     )
@@ -56,7 +56,7 @@ def await_taken_back(stack: Stack, tenant: Tenant, bundle: str) -> None:
         last = [one for one in said if one.name == bundle][-1:]
         return bool(last) and not last[0].offerable
 
-    wait_until("the rollout leader to hear of it", 20, heard, 0.2)
+    wait_until("the rollout leader to hear of it", 60, heard, 0.2)
 
 
 def assert_nothing_more_of_it(tenant: Tenant, rollout: str, first: RawDevice, attempt: str, why: str) -> None:
@@ -66,7 +66,7 @@ def assert_nothing_more_of_it(tenant: Tenant, rollout: str, first: RawDevice, at
     assert answer.body["cancel"]["attempt"] == attempt
     second = tenant.enrolled("canary-2")
     refused = wait_until(
-        "the reason", 20, lambda: "BUNDLE_NOT_OFFERABLE" in (got := second.check_in()).codes and got, 0.2
+        "the reason", 60, lambda: "BUNDLE_NOT_OFFERABLE" in (got := second.check_in()).codes and got, 0.2
     )
     assert refused.body["answer"] == "none"
     assert any(why in reason["message"] for reason in refused.body["reasons"]), refused.body["reasons"]
@@ -129,7 +129,7 @@ def test_t16_an_image_for_other_hardware_is_never_offered(tenant: Tenant) -> Non
     device = tenant.enrolled("canary-1")
 
     refused = wait_until(
-        "the reason", 20, lambda: "TARGET_NOT_SUPPORTED" in (got := device.check_in()).codes and got, 0.2
+        "the reason", 60, lambda: "TARGET_NOT_SUPPORTED" in (got := device.check_in()).codes and got, 0.2
     )
 
     assert refused.body["answer"] == "none"
