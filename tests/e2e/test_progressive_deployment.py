@@ -46,7 +46,7 @@ def test_the_guide_to_progressive_deployment_holds(stack: Stack, tenant: Tenant)
     try:
         for command in guide.commands():
             match command[1:4]:
-                case ["rollout", "advance", _]:
+                case ["explain", "device", _]:  # as the page says: when the stage awaits approval
                     waiting = tenant.await_rollout(name, "approval to be awaited", awaits_approval)
                     assert [status.confirmed for status in waiting.stage_statuses] == [1, 1, 0]
             said = guide.run(command)
