@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from groundswell.registry.v1 import registry_pb2
 from groundswell.releases.v1 import releases_pb2
 
@@ -25,6 +26,7 @@ def made_small(rollout: dict[str, Any]) -> dict[str, Any]:
     return rollout
 
 
+@pytest.mark.timeout(600)
 def test_the_guide_to_progressive_deployment_holds(stack: Stack, tenant: Tenant) -> None:
     for cohort in ("beta", "production"):
         tenant.client.registry.CreateCohort(
@@ -44,7 +46,7 @@ def test_the_guide_to_progressive_deployment_holds(stack: Stack, tenant: Tenant)
     try:
         for command in guide.commands():
             match command[1:4]:
-                case ["rollout", "advance", _]:
+                case ["explain", "device", _]:  # as the page says: when the stage awaits approval
                     waiting = tenant.await_rollout(name, "approval to be awaited", awaits_approval)
                     assert [status.confirmed for status in waiting.stage_statuses] == [1, 1, 0]
             said = guide.run(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from groundswell.registry.v1 import registry_pb2
 from groundswell.releases.v1 import releases_pb2
 
@@ -10,6 +11,7 @@ from tests.e2e.stack import Stack
 from tests.e2e.tenant import Tenant
 
 
+@pytest.mark.timeout(600)
 def test_the_guide_to_releases_holds(stack: Stack, tenant: Tenant) -> None:
     for version in ("1.0.0", "1.1.0"):
         tenant.bundle(version)
