@@ -22,7 +22,7 @@ from libs.eventlog.deadline import Deadline, monotonic
 from libs.eventlog.inbox import FETCH_SHARE, LagMeter
 from libs.eventlog.model import Foreign, Token
 from libs.eventlog.ports import EventLog, LogError, Record, Tail, TopicPartition
-from libs.eventlog.runtime import log_reset
+from libs.eventlog.waiting import log_reset
 
 logger = logging.getLogger(__name__)
 

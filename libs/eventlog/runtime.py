@@ -7,14 +7,13 @@ has silently stopped electing or tailing looks healthy and is not.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from libs.errors import FailedPreconditionError, UnavailableError
+from libs.errors import UnavailableError
 from libs.eventlog.chores import TaskRunner, TimerRunner, back_off
 from libs.eventlog.config import (
     Health,
@@ -35,6 +34,7 @@ from libs.eventlog.replica import Replica, not_caught_up
 from libs.eventlog.snapshots import Snapshots
 from libs.eventlog.state import Schema
 from libs.eventlog.tailing import OwnTail
+from libs.eventlog.waiting import TokenWaits
 from libs.eventlog.work import BeatWork, CommandWork, Outcome, Work
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,6 @@ S = TypeVar("S")
 
 _SWEEP_S = 0.02
 """Precision of callers' deadlines."""
-_LATE_MARKER_S = 2.0
-"""Private and public records of a transaction become visible at slightly different times."""
 
 
 class ConfigurationError(Exception):
@@ -104,6 +102,7 @@ class Runtime(Generic[S]):
         self._snapshots = None if snapshots is None else Snapshots(self._schema, domain.service, config, snapshots)
         self._tail = OwnTail(log, self._topic, self._replicas, self._freshness, self._snapshots)
         self._seats: dict[int, Seat[S]] = {}
+        self._waits = TokenWaits(log, config, self._schema, self._replicas, self._source_lag)
         self._supervised: dict[str, asyncio.Task[None]] = {}
         self._dead: list[str] = []
         self._stopping = False
@@ -372,54 +371,11 @@ class Runtime(Generic[S]):
 
     async def wait_for(self, tokens: Sequence[Token], deadline: Deadline) -> None:
         """Wait until reads here reflect the tokens: own ones in the view, foreign ones in the Inbox."""
-        for token in tokens:
-            if not 0 <= token.partition < self.config.partitions:
-                raise log_reset(token)
-            if token.service == self.service:
-                await self._wait_own(token, deadline)
-            elif token.service in self.domain.sources and token.public_seq > 0:
-                await self._wait_foreign(token, deadline)
+        await self._waits.wait_for(tokens, deadline)
 
-    async def _wait_own(self, token: Token, deadline: Deadline) -> None:
-        replica = self._replicas[token.partition]
-        if replica.state.applied < token.position:
-            place = TopicPartition(self._topic, token.partition)
-            try:
-                async with asyncio.timeout(deadline.remaining()):
-                    end = (await self._log.end_positions([place]))[place]
-            except (TimeoutError, LogError):
-                raise not_caught_up(self.service, token.partition) from None
-            if token.position >= end:
-                raise log_reset(token)
-            if replica.state.log_id and token.log_id != replica.state.log_id:
-                raise log_reset(token)
-            await replica.wait_applied(token.position, deadline)
-        if token.log_id != replica.state.log_id:
-            raise log_reset(token)
-
-    async def _wait_foreign(self, token: Token, deadline: Deadline) -> None:
-        replica = self._replicas[token.partition]
-        source = (public_topic(self.config.env, token.service), token.partition)
-        asked = monotonic()
-        while True:
-            mark = replica.state.inbox.get(source)
-            if mark is not None and mark.log_id and mark.log_id != token.log_id:
-                raise log_reset(token)
-            if mark is not None and mark.public_seq >= token.public_seq:
-                return
-            seat = self._seats.get(token.partition)
-            reached_after = (
-                seat is not None
-                and seat.inbox is not None
-                and (seat.inbox.meter.lag(TopicPartition(*source)) < monotonic() - asked - _LATE_MARKER_S)
-            )
-            if reached_after:
-                # All that was committed well after the question has been taken in, and the number was not there.
-                raise log_reset(token)
-            with contextlib.suppress(UnavailableError):
-                await replica.wait_change(deadline.earlier(0.5))
-            if deadline.expired:
-                raise not_caught_up(token.service, token.partition)
+    def _source_lag(self, partition: int, source: TopicPartition) -> float:
+        seat = self._seats.get(partition)
+        return math.inf if seat is None or seat.inbox is None else seat.inbox.meter.lag(source)
 
     async def catch_up(self, organization: str, deadline: Deadline) -> None:
         """Wait until reads here reflect all that was committed, by whatever leader, when this was asked."""
@@ -503,15 +459,6 @@ def _until_unseated(leadership: Leadership[S], body: Callable[[], Awaitable[None
                 raise
 
     return run
-
-
-def log_reset(token: Token) -> FailedPreconditionError:
-    """The client drops the token and retries once."""
-    return FailedPreconditionError(
-        "LOG_RESET",
-        "the read-after token belongs to another log, or lies beyond the end of this one: drop it and retry",
-        token=token,
-    )
 
 
 async def _cancel(*tasks: asyncio.Task[None]) -> None:
