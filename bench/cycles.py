@@ -96,7 +96,7 @@ class Device:
                 return answer
             await asyncio.sleep(RETRY_S)
 
-    async def _report(self, attempt: str, state: str, **more: Any) -> None:
+    async def _report(self, attempt: str, state: str, /, **more: Any) -> None:
         self._counter += 1
         report = {"counter": self._counter, "attempt": attempt, "state": state}
         while True:

@@ -207,6 +207,16 @@ def test_every_reason_of_an_admission_is_described() -> None:
     assert said - about_cas <= refusals, "what a leaf is refused for"
 
 
+def test_every_reason_why_another_service_may_not_answer_is_described() -> None:
+    found = set()
+    for path in (ROOT / "libs/eventlog").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UnavailableError":
+                found.update(one.value for one in node.args[:1] if isinstance(one, ast.Constant))
+    assert {"NOT_CAUGHT_UP", "OVERLOADED"} <= found, "the scan finds them"
+    assert found <= reasons_by_status()[503]
+
+
 def test_every_status_of_the_gateway_is_described() -> None:
     source = (ROOT / "services/gateway/http.py").read_text()
     statuses = {int(text) for text in re.findall(r"_error\((\d{3})", source)}
