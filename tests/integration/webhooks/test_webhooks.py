@@ -53,8 +53,10 @@ async def test_prompt_verified_and_nothing_missing_over_a_crash(site: Site, rece
     assert receiver.resources == wanted
     assert_sound(receiver)
 
-    found = await site.deliveries()
-    assert {each.state for each in found} == {pb.Delivery.STATE_SUCCEEDED}
+    async def recorded() -> bool:
+        return {each.state for each in await site.deliveries()} == {pb.Delivery.STATE_SUCCEEDED}
+
+    await until(recorded)
     catalogue = await site.call("ListEventTypes", pb.ListEventTypesRequest(parent=PARENT))
     assert "product.created" in {each.name for each in catalogue.event_types}
     assert receiver.secret not in site.log_text
