@@ -39,11 +39,11 @@ RETRY_S: Final = 0.05
 LONGEST_S: Final = 300.0
 
 
-def started(tenant: Tenant, bundle: artifacts_pb2.Bundle, devices: int) -> str:
+def started(tenant: Tenant, bundle: artifacts_pb2.Bundle, devices: int, cohort: str = "canary") -> str:
     """An open stage that holds nobody back."""
     stage = rollout_pb2.Stage(
         display_name="all",
-        cohort=tenant.cohort("canary"),
+        cohort=tenant.cohort(cohort),
         max_in_flight=devices * 2,
         gate=rollout_pb2.Gate(min_sample=devices, soak=seconds(1), dark_after=seconds(600), stall_after=seconds(3600)),
     )
@@ -154,7 +154,7 @@ def large_offer(tenant: Tenant, device: RawDevice, megabytes: int) -> str:
     )
     signature = sign_bundle(tenant.key(), created)
     bundle = tenant.client.artifacts.SignBundle(artifacts_pb2.SignBundleRequest(name=created.name, signature=signature))
-    started(tenant, bundle, 1)
+    started(tenant, bundle, 1, "main")
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         offer = device.check_in().body.get("offer")
@@ -209,7 +209,8 @@ def downloads(stack: Stack, tenant: Tenant, identity: Identity, megabytes: int, 
 
 def main(devices: int, rounds: int, megabytes: int) -> None:
     with running() as stack, tenant_of(stack) as tenant:
-        identities = enrolled(tenant, [f"canary-{number}" for number in range(devices + 1)])
+        # The last one is of the other cohort, to which nothing has been offered before.
+        identities = enrolled(tenant, [*(f"canary-{number}" for number in range(devices)), "main-0"])
         rate, cores = uvloop.run(cycles(tenant, identities[:devices], rounds))
         print(
             f"cycles: {rate:,.0f} whole update cycles/s, {devices} devices at once (aim 1,000 on both cores); "
