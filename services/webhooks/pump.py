@@ -339,7 +339,9 @@ class Pump:
             times.append(self._due[0][0])
         if self.breaker.phase is Phase.OPEN:
             return self.breaker.probe_at_ms if self._open or waiting or times else None
-        if waiting and not self._bucket.allows(now_ms):
+        limit = 1 if self.breaker.in_a_row else CONCURRENCY
+        if waiting and self.image.max_per_second and len(self.busy) < limit:
+            # It may be the rate that held them back, and nothing tells when that has passed.
             times.append(now_ms)
         return max(min(times), self._bucket.free_at_ms(now_ms)) if times else None
 

@@ -257,3 +257,18 @@ def test_a_bucket_never_lets_more_through_than_a_burst_and_its_rate(rate: int, g
         assert taken <= rate + now * rate / 1000 + 1
         assert copy(bucket).allows(bucket.free_at_ms(now) + 1)
     assert Bucket(0).free_at_ms(now) == now
+
+
+@pytest.mark.parametrize("later_ms", [0, 1, 99, 100, 101, 5_000])
+def test_what_a_rate_holds_back_is_woken_for_however_late_that_is_asked(later_ms: int) -> None:
+    world = World()
+    world.create(max_per_second=10)
+    pump = pump_of(world)
+    for position in range(10, 40):
+        pump.offer(PLACE, position, event(position))
+    while (item := pump.take(1_000)) is not None:
+        pump.succeeded(item, GOOD, 1_000)
+    at = pump.wake_at_ms(1_000 + later_ms)
+    assert at is not None
+    assert at <= max(1_101, 1_000 + later_ms)
+    assert pump.take(at) is not None
