@@ -475,7 +475,7 @@ async def test_one_delivery_again_under_its_old_id(world: World) -> None:
     assert "webhook-replay" not in world.network.headers["ops"][1]
 
 
-async def test_a_rate_is_kept_also_by_replays(world: World) -> None:
+async def test_a_rate_is_kept(world: World) -> None:
     name = await world.create("ops", max_per_second=20)
     began = wall_clock_ms()
     await world.say(0, 50)
