@@ -64,8 +64,8 @@ compose-env: $(SETUP) ## secrets for docker-compose.yml, made once (then: docker
 demo: up ## a rollout to a simulated fleet, from outside
 	@$(PY) -m demo
 
-test: $(READY) ## every test, one summary (T=path for some)
-	@$(PYTEST) $(or $(T),tests)
+test: $(READY) ## every test, one summary (T=path for some), on two processes
+	@$(PYTEST) -n 2 --dist loadgroup $(or $(T),tests)
 
 test-unit: $(READY) ## tests that need no server
 	@$(PYTEST) $(or $(T),$(wildcard tests/unit tests/simulation))

@@ -46,6 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             kind = item.path.relative_to(_HERE).parts[0]
             if kind in _KINDS:
                 item.add_marker(kind)
+            # `make test` runs on two processes. All end-to-end tests stay in one, because they share one installation;
+            # of the others a file stays together, because its tests may share what is dear to start.
+            item.add_marker(pytest.mark.xdist_group("e2e" if kind == "e2e" else str(item.path.relative_to(_HERE))))
 
 
 @pytest.fixture(scope="session")
