@@ -82,12 +82,13 @@ test-e2e: $(READY) ## all services, from outside
 bench: $(READY) ## benchmarks, each a ratio against a bare baseline of the same run
 	@$(PY) -m bench
 
-lint: $(READY) ## ruff, mypy --strict, buf lint, buf breaking
+lint: $(READY) ## ruff, mypy --strict, buf lint, buf breaking, the reference is what the protos say
 	@$(PY) -m ruff check $(FORMATTED)
 	@$(PY) -m ruff format --check $(FORMATTED)
 	@$(PY) -m mypy --strict $(CHECKED)
 	@if test -f gen/image.binpb; then .venv/bin/buf lint gen/image.binpb $(if $(BUF_CONFIG),--config $(BUF_CONFIG)); fi
 	@.venv/bin/buf breaking gen/image.binpb --against protos/released.binpb $(if $(BUF_CONFIG),--config $(BUF_CONFIG))
+	@$(PY) -m deploy.reference --check
 
 reference: $(READY) ## write docs/reference from the comments of the protos
 	@$(PY) -m deploy.reference
