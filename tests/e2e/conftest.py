@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.ports import Ports
 from tests.e2e.stack import Stack, running
 from tests.e2e.tenant import Tenant
 
@@ -36,6 +37,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def stack() -> Iterator[Stack]:
     with running() as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def ports(stack: Stack) -> Iterator[Ports]:
+    found = Ports(stack)
+    yield found
+    found.close()
 
 
 @pytest.fixture

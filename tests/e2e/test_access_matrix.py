@@ -15,14 +15,12 @@ from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from functools import partial
 
-import grpc
 import pytest
-from google.protobuf import symbol_database
 from groundswell.registry.v1 import registry_pb2
 
-from clients.sdk.errors import from_rpc_error
 from demo.steps import wait_until
 from tests.e2e import logs
+from tests.e2e.ports import Ports
 from tests.e2e.routes import Route, public_routes, request_for
 from tests.e2e.stack import Stack
 from tests.e2e.tenant import Tenant
@@ -44,55 +42,6 @@ ROLES = {"viewer": VIEW, "operator": OPERATE, "admin": ("*",), "owner": ("*",)}
 PLATFORM = ("registry.organizations.*", "registry.gateways.*")
 ONLY_PLATFORM = "registry.organizations.create"
 DENIED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
-
-
-class Ports:
-    """Bare channels: nothing of the SDK repeats or changes a call."""
-
-    def __init__(self, stack: Stack) -> None:
-        credentials = grpc.ssl_channel_credentials(stack.ca_pem)
-        self._channels = {
-            name: grpc.secure_channel(address, credentials) for name, address in stack.profile.endpoints.items()
-        }
-
-    def call(self, route: Route, organization: str, key: str) -> tuple[str, str, str]:
-        """(status, reason, message) of a call; `OK` when it was answered."""
-        output = symbol_database.Default().GetSymbol(route.method.output_type.full_name)
-        channel = self._channels[route.service]
-        make = channel.unary_stream if route.streams else channel.unary_unary
-        call = make(route.path, type(self)._bytes, output.FromString)
-        metadata = [("authorization", f"Bearer {key}")] if key else []
-        request = request_for(route, organization)
-        give_up = time.monotonic() + 20
-        while True:
-            try:
-                if route.streams:
-                    stream = call(request, metadata=metadata, timeout=10)
-                    next(iter(stream))
-                    stream.cancel()
-                else:
-                    call(request, metadata=metadata, timeout=10)
-            except grpc.RpcError as raw:
-                error = from_rpc_error(raw)
-                if error.code == "UNAVAILABLE" and time.monotonic() < give_up:
-                    continue
-                return error.code, error.reason, str(error)
-            return "OK", "", ""
-
-    @staticmethod
-    def _bytes(request: object) -> bytes:
-        return request.SerializeToString()  # type: ignore[attr-defined,no-any-return]
-
-    def close(self) -> None:
-        for channel in self._channels.values():
-            channel.close()
-
-
-@pytest.fixture(scope="module")
-def ports(stack: Stack) -> Iterator[Ports]:
-    found = Ports(stack)
-    yield found
-    found.close()
 
 
 @pytest.fixture(scope="module")
