@@ -5,6 +5,7 @@ What a rule cannot say (wrong states, stale etags, digests that differ) has test
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def _faults(field: FieldDescriptor, rules: validate_pb2.FieldRules) -> Iterator[
     if field.type == FieldDescriptor.TYPE_STRING:
         if rules.string.pattern:
             yield "of another form", _set(name, "../" + "%2f\N{SNOWMAN} x")
-            if rules.ignore != validate_pb2.IGNORE_IF_ZERO_VALUE:
+            if rules.ignore != validate_pb2.IGNORE_IF_ZERO_VALUE and not re.search(rules.string.pattern, ""):
                 yield "missing", _set(name, "")
         if rules.string.uuid:
             yield "no UUID", _set(name, "once more")
