@@ -65,7 +65,7 @@ demo: up ## a rollout to a simulated fleet, from outside
 	@$(PY) -m demo
 
 test: $(READY) ## every test, one summary (T=path for some), on two processes
-	@$(PYTEST) -n 2 --dist loadgroup $(or $(T),tests)
+	@$(PYTEST) -n 2 $(or $(T),tests)
 
 test-unit: $(READY) ## tests that need no server
 	@$(PYTEST) $(or $(T),$(wildcard tests/unit tests/simulation))

@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from deploy.local.specs import s3_client
 from deploy.topics import delete_topics, ensure_topics
@@ -46,9 +48,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             kind = item.path.relative_to(_HERE).parts[0]
             if kind in _KINDS:
                 item.add_marker(kind)
-            # `make test` runs on two processes. All end-to-end tests stay in one, because they share one installation;
-            # of the others a file stays together, because its tests may share what is dear to start.
-            item.add_marker(pytest.mark.xdist_group("e2e" if kind == "e2e" else str(item.path.relative_to(_HERE))))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """How `make test` spreads over its two processes."""
+    return ByFile(config, log)
+
+
+class ByFile(LoadScopeScheduling):
+    """All end-to-end tests stay in one process, because they share one installation; of the others a file stays
+    together, because its tests may share what is dear to start."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "e2e" if file.startswith("tests/e2e/") else file
 
 
 @pytest.fixture(scope="session")

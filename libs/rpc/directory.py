@@ -130,15 +130,21 @@ class AccessDirectory:
         role = self._roles.get(member.role) if member is not None else None
         if key is None or member is None or (role is None and is_custom(member.role)):
             return await self._ask(name)
-        check_fresh(self.follower.lag_s(partition_of(organization, self._partitions)))
+        lag = self.follower.lag_s(partition_of(organization, self._partitions))
+        if math.isinf(lag):
+            return await self._ask(name)  # just started: how far the view is was not measured yet
+        check_fresh(lag)
         return key_record(key, member, role)
 
     async def gateway(self, name: str) -> registry_pb2.Gateway | None:
         """The gateway as folded; one made a moment ago is waited for."""
-        if name not in self._gateways:
+        if name not in self._gateways or math.isinf(self.follower.lag_s(self._partition(name))):
             await self.follower.caught_up(Deadline.after(STALE_S))
-        check_fresh(self.follower.lag_s(partition_of(organization_of(name), self._partitions)))
+        check_fresh(self.follower.lag_s(self._partition(name)))
         return self._gateways.get(name)
+
+    def _partition(self, name: str) -> int:
+        return partition_of(organization_of(name), self._partitions)
 
     async def _ask(self, name: str) -> KeyRecord | None:
         try:
