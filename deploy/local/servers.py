@@ -215,10 +215,19 @@ def _jars(settings: Settings, server: str, say: Say) -> Path:
     goal = [maven, "-q", "-B", "-C", "-f", str(pom), "dependency:copy-dependencies"]
     try:
         _run([*goal, f"-DoutputDirectory={partial}", "-DincludeScope=runtime"], f"fetching the jars of {server}")
-        partial.rename(folder)
+        _move(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _move(partial: Path, folder: Path) -> None:
+    """Give what is complete its name. Two stacks of one checkout may fetch at the same time: the first one's counts."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def _run(command: list[str], doing: str) -> None:

@@ -76,3 +76,14 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StackError, match=r"cannot write to .*GROUNDSWELL_LOCAL_DIR"):
         check_room(tmp_path / "file" / "folder")
+
+
+def test_jars_that_another_stack_fetched_meanwhile_are_taken(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / ".s3.1", tmp_path / "s3"
+    for folder in (ours, theirs):
+        folder.mkdir()
+        (folder / "a.jar").write_text(folder.name)
+    servers._move(ours, theirs)
+    assert (theirs / "a.jar").read_text() == "s3"
+    with pytest.raises(FileNotFoundError):
+        servers._move(tmp_path / "gone", tmp_path / "new")
