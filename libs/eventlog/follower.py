@@ -19,6 +19,7 @@ from libs.eventlog.chores import back_off
 from libs.eventlog.codec import LOG_ID, header, read_envelope, types_by_name
 from libs.eventlog.config import public_topic
 from libs.eventlog.deadline import Deadline, monotonic
+from libs.eventlog.ending import end
 from libs.eventlog.inbox import FETCH_SHARE, LagMeter
 from libs.eventlog.model import Foreign, Token
 from libs.eventlog.ports import EventLog, LogError, Record, Tail, TopicPartition
@@ -91,8 +92,7 @@ class PublicFollower:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
 
     @property
     def live(self) -> bool:

@@ -24,6 +24,7 @@ from libs.eventlog.chores import back_off
 from libs.eventlog.codec import LOG_ID, header
 from libs.eventlog.config import public_topic
 from libs.eventlog.deadline import monotonic
+from libs.eventlog.ending import end
 from libs.eventlog.ports import EventLog, LogError, Record, TopicPartition
 from services.gateway.shelf import Row, Shelves
 
@@ -73,8 +74,7 @@ class Projector:
     async def stop(self) -> None:
         """End; what was not applied will be by whoever runs next."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
 
     def positions(self) -> dict[int, int | None]:
         """Where Redis stood in each partition when it was last looked at."""
