@@ -11,7 +11,6 @@ import enum
 import fcntl
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 from deploy.local import control, pids
 from deploy.local.credentials import s3_credentials
 from deploy.local.settings import ROOT, Settings, load
+from tests.ports import free_port
 
 TEST_PORTS_FROM_BASE = 10000  # 29000 by default; GROUNDSWELL_PORT_BASE moves it along with the stack
 KEEP = "GROUNDSWELL_KEEP_TEST_SERVERS"
@@ -158,7 +158,7 @@ def _containers() -> Iterator[Servers]:
     """The same servers from images. Kafka must announce the port it is reached at, so that is chosen beforehand."""
     from testcontainers.core.container import DockerContainer
 
-    kafka_port, access_key, secret_key = _free_port(), "groundswell", "groundswell-tests"
+    kafka_port, access_key, secret_key = free_port(), "groundswell", "groundswell-tests"
     kafka: Any = DockerContainer("apache/kafka:4.3.1").with_bind_ports(9092, kafka_port)
     for name, value in {
         "KAFKA_NODE_ID": "1",
@@ -197,9 +197,3 @@ def _containers() -> Iterator[Servers]:
         # Answering their own protocol, as for every other source: `up` finds them external and waits for each.
         control.await_external(load({**servers.environment, "GROUNDSWELL_LOCAL_DIR": ".local/test"}))
         yield servers
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -26,7 +26,8 @@ from libs.settings import Settings
 from services.registry.app import build
 from tests.conftest import KafkaEnv
 from tests.contract.eventlog.support import PARTITIONS, SteeredLog, soon
-from tests.integration.registry.running import TARGET, free_port
+from tests.integration.registry.running import TARGET
+from tests.ports import free_address
 
 SECRET = "s" * 40
 DIGEST = hashlib.sha256(SECRET.encode()).digest()
@@ -106,8 +107,8 @@ class Site:
             env=self.env,
             partitions=PARTITIONS,
             tls_dir=self.folder / "tls",
-            registry_internal=f"127.0.0.1:{free_port()}",
-            registry_public=f"127.0.0.1:{free_port()}",
+            registry_internal=free_address(),
+            registry_public=free_address(),
         )
         inner = self.make_log()
         self.logs.append(inner)

@@ -19,7 +19,7 @@ from libs.settings import Settings
 from services.pki.app import build
 from services.pki.model import ActivateCa, ConfirmSpki, ReleaseSpki, ReserveSpki, routing_key
 from tests.contract.eventlog.support import PARTITIONS, SteeredLog, soon
-from tests.integration.registry.running import free_port
+from tests.ports import free_address
 
 FINGERPRINT = "ab" * 32
 KEY = routing_key(FINGERPRINT)
@@ -44,8 +44,8 @@ async def pair(tmp_path: Path) -> AsyncIterator[tuple[Runtime[Any], Runtime[Any]
             partitions=PARTITIONS,
             tls_dir=tmp_path / "tls",
             keystore_dir=keystore,
-            pki_internal=f"127.0.0.1:{free_port()}",
-            pki_public=f"127.0.0.1:{free_port()}",
+            pki_internal=free_address(),
+            pki_public=free_address(),
         )
         log = SteeredLog(inner)
         server = await build(settings, log=log)

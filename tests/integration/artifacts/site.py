@@ -8,7 +8,6 @@ import hashlib
 import io
 import os
 import secrets
-import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,16 +35,11 @@ from libs.trust.signatures import key_id
 from services.artifacts.app import build as build_artifacts
 from services.registry.app import build as build_registry
 from tests.conftest import S3, KafkaEnv
+from tests.ports import free_address
 
 PART = 5 * 1024 * 1024
 FIRMWARE = os.urandom(2 * PART + 1234)
 B = pb.Binary
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def settings_of(kafka: KafkaEnv, s3: S3, folder: Path, grace_s: int = 86_400) -> Settings:

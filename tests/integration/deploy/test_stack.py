@@ -19,6 +19,7 @@ from deploy.local.errors import StackError
 from deploy.local.settings import Settings, load
 from deploy.local.specs import HttpProbe, RedisProbe, Spec
 from deploy.local.supervisor import Status
+from tests.ports import free_port
 
 HEALTHY = """
 import http.server, sys
@@ -34,14 +35,8 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_
 def _quiet(_: str) -> None: ...
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _spec(settings: Settings, name: str, *, program: str = HEALTHY, stage: int = 1, port: int = 0) -> Spec:
-    port = port or _free_port()
+    port = port or free_port()
     return Spec(
         name=name,
         argv=(sys.executable, "-c", program, str(port)),
@@ -182,7 +177,7 @@ def test_a_used_port_is_named_with_its_owner(stack: Settings) -> None:
 
 
 def test_redis_comes_back_too(stack: Settings) -> None:
-    port = _free_port()
+    port = free_port()
     redis = Spec(
         name="redis",
         argv=("redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"),

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
-import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +28,11 @@ from libs.settings import Settings
 from services.pki.app import build as build_pki
 from services.registry.app import build as build_registry
 from tests.conftest import KafkaEnv
+from tests.ports import free_address
 from tests.unit.pki.factory import Ca, csr, der
 
 ORG = "organizations/acme"
 PRODUCT = "organizations/acme/products/thermostat"
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def settings_of(kafka: KafkaEnv, folder: Path) -> Settings:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -27,17 +26,12 @@ from deploy.local.credentials import ensure_certificates
 from deploy.local.settings import load
 from deploy.topics import ensure_topics
 from libs.settings import Settings
+from tests.ports import free_address
 from tests.servers import Servers
 
 PARTITIONS = 4
 READY_WITHIN_S = 40.0
 TARGET = (("grpc.ssl_target_name_override", "localhost"),)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def status_of(error: Any) -> Any:
@@ -199,8 +193,8 @@ def replicas(servers: Servers, folder: Path, count: int) -> Iterator[tuple[Runni
         "local_dir": str(local),
         "tls_dir": str(local / "tls"),
         "bootstrap_secret_file": str(secret),
-        "registry_internal": ",".join(f"127.0.0.1:{free_port()}" for _ in range(count)),
-        "registry_public": ",".join(f"127.0.0.1:{free_port()}" for _ in range(count)),
+        "registry_internal": ",".join(free_address() for _ in range(count)),
+        "registry_public": ",".join(free_address() for _ in range(count)),
     }
     with contextlib.ExitStack() as stack:
         started = tuple(

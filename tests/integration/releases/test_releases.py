@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from libs.settings import Settings
 from services.registry.app import build as build_registry
 from services.releases.app import build as build_releases
 from tests.conftest import KafkaEnv
+from tests.ports import free_address
 from tests.unit.releases.world import (
     COHORT,
     PRODUCT,
@@ -49,12 +49,6 @@ from tests.unit.releases.world import (
 )
 
 T = TypeVar("T")
-
-
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 def settings_of(kafka: KafkaEnv, folder: Path) -> Settings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import socket
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +48,7 @@ from libs.rpc import RpcServer, channel
 from libs.settings import Settings
 from services.rollout.app import build
 from tests.conftest import KafkaEnv
+from tests.ports import free_address
 
 PRODUCT = "organizations/acme/products/thermostat"
 COHORT = f"{PRODUCT}/cohorts/canary"
@@ -93,12 +93,6 @@ class Feeder:
 
     def evolve(self, _state: None, _event: Event) -> None:
         return None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Releases(releases_pb2_grpc.ReleasesInternalServiceServicer):
@@ -304,7 +298,7 @@ def installation(kafka_env: KafkaEnv, redis_url: str, folder: Path) -> Installat
     stack = StackSettings(root=ROOT, local_dir=folder / "local", jars_dir=folder, port_base=0)
     ensure_all(stack)
     ports = {
-        f"{service}_{port}": f"127.0.0.1:{free_port()}"
+        f"{service}_{port}": free_address()
         for service in ("registry", "artifacts", "releases", "rollout")
         for port in ("internal", "public")
     }
@@ -315,7 +309,7 @@ def installation(kafka_env: KafkaEnv, redis_url: str, folder: Path) -> Installat
         partitions=kafka_env.partitions,
         tls_dir=stack.tls_dir,
         keystore_dir=stack.keystore_dir,
-        worker_health=f"127.0.0.1:{free_port()}",
+        worker_health=free_address(),
         **ports,
     )
     config = RuntimeConfig(env=settings.env, partitions=settings.partitions, address="127.0.0.1:1")

@@ -22,7 +22,8 @@ from libs.rpc import RpcServer, channel
 from libs.rpc.certificates import RenewedChannel
 from libs.settings import Settings
 from services.pki.app import build
-from tests.integration.registry.running import TARGET, free_port
+from tests.integration.registry.running import TARGET
+from tests.ports import free_address
 
 ABSENT = pki_pb2.GetDeviceCertificateRequest(name=f"organizations/acme/deviceCertificates/{'0' * 64}")
 
@@ -73,9 +74,9 @@ async def site(tmp_path: Path) -> AsyncIterator[Site]:
         env="t",
         tls_dir=stack.tls_dir,
         keystore_dir=stack.keystore_dir,
-        pki_internal=f"127.0.0.1:{free_port()}",
-        pki_public=f"127.0.0.1:{free_port()}",
-        registry_internal=f"127.0.0.1:{free_port()}",
+        pki_internal=free_address(),
+        pki_public=free_address(),
+        registry_internal=free_address(),
     )
     server = await build(settings, log=MemoryLog(partitions=settings.partitions))
     await server.start()

@@ -22,7 +22,8 @@ from libs.eventlog.memory import MemoryLog
 from libs.rpc import KeyRecord, RpcServer, error_of
 from libs.settings import Settings
 from services.registry.domain import Registry
-from tests.integration.registry.running import TARGET, free_port
+from tests.integration.registry.running import TARGET
+from tests.ports import free_address
 
 NAME = "organizations/acme/products/pump/rollouts/r"
 SECRET = "secret"
@@ -94,8 +95,8 @@ async def serving(folder: Path) -> AsyncIterator[World]:
     settings = Settings(
         env="t",
         tls_dir=folder / "tls",
-        rollout_internal=f"127.0.0.1:{free_port()}",
-        rollout_public=f"127.0.0.1:{free_port()}",
+        rollout_internal=free_address(),
+        rollout_public=free_address(),
     )
     log = MemoryLog(partitions=settings.partitions)
     runtime = Runtime(Registry(), log, RuntimeConfig(env="t", partitions=settings.partitions))

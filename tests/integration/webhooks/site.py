@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import os
 import secrets
-import socket
 import ssl
 import subprocess
 import sys
@@ -34,15 +33,10 @@ from libs.rpc import channel
 from libs.settings import Settings
 from services.registry.app import build as build_registry
 from tests.conftest import KafkaEnv
+from tests.ports import free_address, free_port
 
 PARENT = "organizations/acme"
 _TARGET = (("grpc.ssl_target_name_override", "localhost"),)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def until(condition: Callable[[], bool | Awaitable[bool]], within_s: float = 25.0) -> None:
@@ -229,9 +223,7 @@ async def running_site(kafka: KafkaEnv, folder: Path) -> AsyncIterator[Site]:
     stack = StackSettings(ROOT, folder, folder, 19000, {"GROUNDSWELL_KEYSTORE_DIR": str(folder / "keystore")})
     ensure_all(stack)
     ports: Any = {
-        f"{service}_{port}": f"127.0.0.1:{free_port()}"
-        for service in ("registry", "webhooks")
-        for port in ("internal", "public")
+        f"{service}_{port}": free_address() for service in ("registry", "webhooks") for port in ("internal", "public")
     }
     settings = Settings(
         env=kafka.env,
