@@ -64,6 +64,8 @@ class RuntimeConfig:
     """Records after which a leader stores a snapshot, when it has a store."""
     snapshot_every_s: float = 900.0
     """… or this long after the last one, when something has happened."""
+    verify_folds: bool = False
+    """For tests: what a leader has folded ahead is folded from the log too; a difference halts the partition."""
     wall_clock_ms: Callable[[], int] = wall_clock_ms
 
 

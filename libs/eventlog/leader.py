@@ -302,6 +302,7 @@ class Leadership(Generic[S]):
         read_back = self.replica.watch(working.last_event_id)
         failpoints.hit(failpoints.BEFORE_SEND)
         try:
+            self.replica.state.foresee(working.foreseen)
             await appender.stage(working.records)
             failpoints.hit(failpoints.AFTER_SEND)
             await self._commit(appender)

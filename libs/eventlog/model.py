@@ -74,11 +74,16 @@ class Decision:
     close_tasks: tuple[str, ...] = ()
     set_timers: tuple[Timer, ...] = ()
     clear_timers: tuple[str, ...] = ()
+    folded: tuple[object, ...] = ()
+    """The state after each of ``events``, from a ``decide`` that has folded them itself: they are not folded again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A private event as ``evolve`` sees it."""
+    """A private event as ``evolve`` sees it.
+
+    Nothing in it is known only after the decision, so the fold ahead of the commit is the fold of the log.
+    """
 
     organization: str
     resource: str
@@ -87,9 +92,6 @@ class Event:
     payload: Message
     occurred_at_ms: int
     principal: str
-    event_id: str
-    position: int = -1
-    """Log position; -1 while the event is only decided and not yet read back. Never store it in state."""
 
 
 @dataclass(frozen=True, slots=True)

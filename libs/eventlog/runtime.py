@@ -94,7 +94,7 @@ class Runtime(Generic[S]):
         self._handlers: Mapping[str, TaskHandler] = task_handlers or {}
         self._forward = forward
         self._topic = events_topic(config.env, domain.service)
-        self._schema: Schema[S] = Schema.of(domain, config.env, config.partitions)
+        self._schema: Schema[S] = Schema.of(domain, config.env, config.partitions, verify=config.verify_folds)
         self._replicas = [Replica(self._schema, domain.service, index) for index in range(config.partitions)]
         places = [TopicPartition(self._topic, index) for index in range(config.partitions)]
         self._freshness = Freshness(log, places, config.lag_every_s)

@@ -8,7 +8,7 @@ leader look at is kept in plain dicts. A record that contradicts the fold raises
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -71,6 +71,21 @@ class Claim(NamedTuple):
     timestamp_ms: int
 
 
+class Foreseen(NamedTuple):
+    """What a leader's own record will do to the state it was decided on. Holds only for these very bytes."""
+
+    envelope: bytes
+    value: bytes
+    head: bytes
+    """Link of the audit chain after it."""
+    before: object
+    after: object
+
+
+class FoldDifferenceError(Exception):
+    """A fold gave another state than the one foreseen: `evolve` is not a function of state and event."""
+
+
 @dataclass(frozen=True, slots=True)
 class Schema(Generic[S]):
     """What of a domain and an installation the fold needs to know, prepared once."""
@@ -83,9 +98,11 @@ class Schema(Generic[S]):
     """Public topic -> record types understood."""
     source_services: Mapping[str, str]
     """Public topic -> service."""
+    verify: bool = False
+    """Fold what was foreseen again and compare; see `RuntimeConfig.verify_folds`."""
 
     @classmethod
-    def of(cls, domain: Domain[S], env: str, partitions: int) -> Schema[S]:
+    def of(cls, domain: Domain[S], env: str, partitions: int, *, verify: bool = False) -> Schema[S]:
         return cls(
             domain,
             partitions,
@@ -93,6 +110,7 @@ class Schema(Generic[S]):
             frozenset(domain.event_types),
             {public_topic(env, service): types_by_name(types) for service, types in domain.sources.items()},
             {public_topic(env, service): service for service in domain.sources},
+            verify,
         )
 
 
@@ -174,6 +192,7 @@ class PartitionState(Generic[S]):
     """Fold of one partition's own log up to `applied`."""
 
     __slots__ = (
+        "_foreseen",
         "_handlers",
         "_partition",
         "_schema",
@@ -216,6 +235,7 @@ class PartitionState(Generic[S]):
         self.claim: Claim | None = None
         self.on_task_opened: Callable[[str], None] | None = None
         self.on_timer_set: Callable[[Timer], None] | None = None
+        self._foreseen: deque[Foreseen] = deque()
         self._handlers: dict[str, Callable[[Record, pb.Envelope], None]] = {
             "groundswell.eventlog.v1.LeaderClaimed": self._leader_claimed,
             "groundswell.eventlog.v1.LogBeat": self._log_beat,
@@ -240,6 +260,20 @@ class PartitionState(Generic[S]):
         self.versions = self._versions.finish()
         self._versions = self.versions.mutate()
 
+    def foresee(self, records: Iterable[Foreseen]) -> None:
+        """What a leader is about to write, in that order. Followed while the log holds it byte for byte."""
+        self._foreseen.extend(records)
+
+    def _next_foreseen(self, envelope: bytes, value: bytes) -> Foreseen | None:
+        """Whether the record is the one foreseen; the first other one ends all foresight."""
+        if not self._foreseen:
+            return None
+        foreseen = self._foreseen.popleft()
+        if foreseen.envelope == envelope and foreseen.value == value and foreseen.before is self.domain:
+            return foreseen
+        self._foreseen.clear()
+        return None
+
     def apply(self, record: Record) -> str:
         """Fold one record; return its event id."""
         envelope, envelope_bytes, event_type = read_envelope(record)
@@ -253,17 +287,23 @@ class PartitionState(Generic[S]):
                     f"record {record.position} was written under epoch {envelope.epoch}, "
                     f"but the log is claimed for {claim.epoch if claim else 'nobody'}"
                 )
+        foreseen = None
+        if handler is None:
+            foreseen = self._next_foreseen(envelope_bytes, record.value)
+        elif event_type == "groundswell.eventlog.v1.LeaderClaimed":
+            self._foreseen.clear()
         organization = envelope.organization
         if organization:
             if self.heads.get(organization, b"") != envelope.prev_hash:
                 raise CorruptLogError(f"audit chain of {organization} is broken at {record.position}")
-            self.heads[organization] = record_hash(envelope_bytes, record.value)
+            head = record_hash(envelope_bytes, record.value) if foreseen is None else foreseen.head
+            self.heads[organization] = head
         if not self.log_id:
             self.log_id = envelope.event_id
         if handler is not None:
             handler(record, envelope)
         else:
-            self._domain_event(record, envelope, event_type)
+            self._domain_event(record, envelope, event_type, foreseen)
         self.last_ms = max(self.last_ms, envelope.occurred_at_ms)
         self.public_seq = max(self.public_seq, envelope.public_seq)
         if envelope.request_digest:
@@ -303,7 +343,7 @@ class PartitionState(Generic[S]):
         self.timers, self.inbox, self.heads = timers, inbox, heads
         self.requests.restore(requests)
 
-    def _domain_event(self, record: Record, envelope: pb.Envelope, event_type: str) -> None:
+    def _domain_event(self, record: Record, envelope: pb.Envelope, event_type: str, foreseen: Foreseen | None) -> None:
         kind = self._schema.types.get(event_type)
         if kind is None:
             raise CorruptLogError(f"this build does not know {event_type} at {record.position}")
@@ -313,6 +353,10 @@ class PartitionState(Generic[S]):
         before = versions.get(resource, 0)
         if version != before + 1:
             raise CorruptLogError(f"{resource} goes from version {before} to {version} at {record.position}")
+        versions[resource] = version
+        if foreseen is not None and not self._schema.verify:
+            self.domain = foreseen.after  # type: ignore[assignment]
+            return
         event = Event(
             envelope.organization,
             resource,
@@ -320,11 +364,13 @@ class PartitionState(Generic[S]):
             kind.FromString(record.value),
             envelope.occurred_at_ms,
             envelope.principal,
-            envelope.event_id,
-            record.position,
         )
-        self.domain = self._schema.domain.evolve(self.domain, event)
-        versions[resource] = version
+        domain = self._schema.domain.evolve(self.domain, event)
+        if foreseen is not None:
+            if domain != foreseen.after:
+                raise FoldDifferenceError(f"{event_type} of {resource} at {record.position}")
+            domain = foreseen.after
+        self.domain = domain
 
     def _leader_claimed(self, record: Record, envelope: pb.Envelope) -> None:
         claimed = pb.LeaderClaimed.FromString(record.value)

@@ -111,6 +111,7 @@ class TimerWork(Work[S]):
                 close_tasks=decision.close_tasks,
                 set_timers=decision.set_timers,
                 clear_timers=(timer.timer_id, *decision.clear_timers),
+                folded=decision.folded,
             )
             take(working, cleared, origin, f"timer {timer.kind}")
         return NOTHING

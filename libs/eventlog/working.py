@@ -20,12 +20,12 @@ from libs.eventlog.codec import ENVELOPE, EVENT_TYPE, LOG_ID, new_id, record_has
 from libs.eventlog.config import partition_of
 from libs.eventlog.model import Command, Decision, Event, NewEvent, Task, Timer
 from libs.eventlog.ports import NewRecord
-from libs.eventlog.state import Parked, PartitionState, RequestEntry, RequestKey, Schema, Watermark
+from libs.eventlog.state import Foreseen, Parked, PartitionState, RequestEntry, RequestKey, Schema, Watermark
 
 S = TypeVar("S")
 
-Encoded = tuple[int, bytes, list[bytes]]
-"""An event ready to be written: (version, value, values of its public records)."""
+Encoded = tuple[int, bytes, list[bytes], object]
+"""An event ready to be written: (version, value, values of its public records, the state after it)."""
 
 _EMPTY_DIGEST = sha256(b"").digest()
 
@@ -132,6 +132,8 @@ class Working(Generic[S]):
         """Batches since the working state was last taken from the committed one."""
         self.domain: S = base.domain if previous is None else previous.domain
         self.records: list[NewRecord] = []
+        self.foreseen: list[Foreseen] = []
+        """What the domain's own records will do when they are read back."""
         self.events = 0
         """Size of the batch as the limit counts it: records other than watermarks."""
         self.last_event_id = ""
@@ -191,7 +193,7 @@ class Working(Generic[S]):
 
     def take(self, decision: Decision, origin: Asker) -> None:
         """Add a command's decision."""
-        domain, encoded = self._evolve(decision.events, origin)
+        encoded = self._evolve(decision, origin)
         answering = self._answering(decision.events, origin)
         if origin.request_id and decision.result is not None:
             # The answer travels with that event. Too large a record would be refused by the broker, for ever.
@@ -199,12 +201,13 @@ class Working(Generic[S]):
             if size > self._writer.max_record_bytes:
                 raise InternalError("RECORD_TOO_LARGE", f"an event with its answer has {size} bytes")
         planned = self._runtime_events(decision, origin)
-        self.domain = domain
-        for index, (event, (version, value, public_values)) in enumerate(zip(decision.events, encoded, strict=True)):
+        for index, (event, (version, value, public_values, after)) in enumerate(
+            zip(decision.events, encoded, strict=True)
+        ):
             self._own.versions[event.resource] = version
             if public_values:
                 self._publish(event, version, public_values, origin)
-            self._append(
+            envelope = self._append(
                 type_header(event.payload),
                 value,
                 origin,
@@ -213,6 +216,9 @@ class Working(Generic[S]):
                 version,
                 decision if index == answering else None,
             )
+            head = self._own.heads.get(event.organization, b"")
+            self.foreseen.append(Foreseen(envelope, value, head, self.domain, after))
+            self.domain = after  # type: ignore[assignment]
         self.events += len(decision.events) + len(planned)
         for payload, organization in planned:
             self._append_message(payload, origin, organization)
@@ -220,13 +226,16 @@ class Working(Generic[S]):
             # No event under the command's own organization: the answer needs a record to be remembered by.
             self._append_message(pb.LogBeat(), origin, origin.organization, decision)
 
-    def _evolve(self, events: Sequence[NewEvent], origin: Asker) -> tuple[S, list[Encoded]]:
+    def _evolve(self, decision: Decision, origin: Asker) -> list[Encoded]:
         """Fold the events tentatively and encode them: whatever can fail fails here, before anything is changed."""
-        domain = self.domain
+        events, folded = decision.events, decision.folded
+        if folded and len(folded) != len(events):
+            raise InternalError("FOLD_INCOMPLETE", f"{len(folded)} states for {len(events)} events")
+        domain: object = self.domain
         versions: dict[str, int] = {}
         encoded: list[Encoded] = []
         most = self._writer.max_record_bytes
-        for new in events:
+        for index, new in enumerate(events):
             payload = new.payload
             resource = new.resource
             if new.organization != origin.organization and (
@@ -241,10 +250,13 @@ class Working(Generic[S]):
                 raise InternalError("RECORD_TOO_LARGE", f"a record of {resource} has over {most} bytes")
             version = (versions.get(resource) or self.version(resource)) + 1
             versions[resource] = version
-            event = Event(new.organization, resource, version, payload, self.now_ms, origin.principal, "")
-            domain = self._schema.domain.evolve(domain, event)
-            encoded.append((version, value, public_values))
-        return domain, encoded
+            if folded:
+                domain = folded[index]
+            else:
+                event = Event(new.organization, resource, version, payload, self.now_ms, origin.principal)
+                domain = self._schema.domain.evolve(domain, event)  # type: ignore[arg-type]
+            encoded.append((version, value, public_values, domain))
+        return encoded
 
     @staticmethod
     def _answering(events: Sequence[NewEvent], origin: Asker) -> int:
@@ -383,7 +395,8 @@ class Working(Generic[S]):
         resource: str,
         version: int,
         answer: Decision | None,
-    ) -> None:
+    ) -> bytes:
+        """Add a private record; its envelope as written."""
         # One message, filled again for each record: building a new one costs several times as much.
         envelope = self._private
         envelope.event_id = self.last_event_id = self._event_id()
@@ -413,6 +426,7 @@ class Working(Generic[S]):
                 [(ENVELOPE, envelope_bytes), (EVENT_TYPE, kind)],
             )
         )
+        return envelope_bytes
 
     def _head(self, organization: str) -> bytes:
         if not organization:

@@ -26,7 +26,7 @@ def organization_of(resource: str) -> str:
 class Draft:
     """State as it would be, and everything that leads there."""
 
-    __slots__ = ("_versions", "closed", "ctx", "events", "state", "tasks", "timers", "touched")
+    __slots__ = ("_folded", "_versions", "closed", "ctx", "events", "state", "tasks", "timers", "touched")
 
     def __init__(self, state: State, ctx: Context) -> None:
         self.state = state
@@ -37,6 +37,7 @@ class Draft:
         self.timers: list[Timer] = []
         self.touched: dict[str, None] = {}
         """Rollouts whose gates must be looked at again."""
+        self._folded: list[State] = []
         self._versions: dict[str, int] = {}
 
     @property
@@ -60,8 +61,9 @@ class Draft:
         organization = organization or organization_of(resource)
         version = self.next_version(resource)
         self._versions[resource] = self._versions.get(resource, 0) + 1
-        event = Event(organization, resource, version, payload, self.ctx.now_ms, self.ctx.principal, "")
+        event = Event(organization, resource, version, payload, self.ctx.now_ms, self.ctx.principal)
         self.state = evolve(self.state, event)
+        self._folded.append(self.state)
         records = public(self.state) if public is not None else ()
         self.events.append(NewEvent(organization, resource, payload, records))
 
@@ -73,4 +75,5 @@ class Draft:
             open_tasks=tuple(self.tasks),
             close_tasks=tuple(self.closed),
             set_timers=tuple(self.timers),
+            folded=tuple(self._folded),
         )

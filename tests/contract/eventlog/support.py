@@ -347,9 +347,14 @@ class World:
         log.hooks.extend(hooks)
         number = len(self._replicas) + 1
         settings: dict[str, Any] = {"address": f"replica-{number}", "partitions": PARTITIONS, "retry_first_s": 0.02}
+        settings["verify_folds"] = True
         settings |= config
         runtime = self.runtime_type(
-            domain or KeyValue(), log, RuntimeConfig(env=env or self.env, **settings), handlers, snapshots=snapshots
+            domain or KeyValue(),
+            log,
+            RuntimeConfig(env=env or self.env, **settings),
+            handlers,
+            snapshots=snapshots,
         )
         replica = Replica(runtime, log)
         self._replicas.append(replica)

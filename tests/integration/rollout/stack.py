@@ -312,7 +312,7 @@ def installation(kafka_env: KafkaEnv, redis_url: str, folder: Path) -> Installat
         worker_health=free_address(),
         **ports,
     )
-    config = RuntimeConfig(env=settings.env, partitions=settings.partitions, address="127.0.0.1:1")
+    config = RuntimeConfig(env=settings.env, partitions=settings.partitions, address="127.0.0.1:1", verify_folds=True)
     logs = {name: KafkaLog(settings.kafka) for name in FEEDS}
     feeders = {name: Runtime(Feeder(name), logs[name], config) for name in FEEDS}
     return Installation(settings, feeders, list(logs.values()))

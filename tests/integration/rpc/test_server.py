@@ -99,7 +99,7 @@ async def serving(folder: Path) -> AsyncIterator[World]:
         rollout_public=free_address(),
     )
     log = MemoryLog(partitions=settings.partitions)
-    runtime = Runtime(Registry(), log, RuntimeConfig(env="t", partitions=settings.partitions))
+    runtime = Runtime(Registry(), log, RuntimeConfig(env="t", partitions=settings.partitions, verify_folds=True))
     keys = Keys()
     servicer = Servicer()  # type: ignore[abstract]  # most methods are not there, and say so
     server = RpcServer(

@@ -139,6 +139,7 @@ class Simulation:
             retry_first_s=0.02,
             retry_most_s=1.0,
             snapshot_every_events=40,
+            verify_folds=True,
         )
         process.log = log
         process.runtime = Runtime(

@@ -118,7 +118,7 @@ class Leader:
             self.state, command, Clock(self.now_ms, organization, self, len(self.log))
         )
         self.sizes.append(len(decision.events))
-        for new in decision.events:
+        for new, folded in zip(decision.events, decision.folded, strict=True):
             version = self.versions.get(new.resource, 0) + 1
             self.versions[new.resource] = version
             event = Event(
@@ -128,11 +128,10 @@ class Leader:
                 new.payload,
                 self.now_ms,
                 "test",
-                str(len(self.log)),
-                len(self.log),
             )
             before = self.state
             self.state = self.domain.evolve(self.state, event)
+            assert self.state == folded, "what the decision folded is what the log folds to"
             self.log.append(event)
             self.public.extend((record.resource, record.payload) for record in new.public)
             self._check(before, event)

@@ -188,7 +188,7 @@ async def running(
     log: MemoryLog | None = None, blobs: MemoryBlobStore | None = None, grace_ms: int = 86_400_000
 ) -> AsyncIterator[Lab]:
     blobs, registry = blobs or MemoryBlobStore(), FakeRegistry()
-    config = RuntimeConfig(env="t", partitions=4, retry_first_s=0.01, retry_most_s=0.05)
+    config = RuntimeConfig(env="t", partitions=4, retry_first_s=0.01, retry_most_s=0.05, verify_folds=True)
     handlers = ArtifactsTasks(blobs).handlers()
     runtime: Runtime[State] = Runtime(Artifacts(grace_ms), log or MemoryLog(partitions=4), config, handlers)
     await runtime.start()

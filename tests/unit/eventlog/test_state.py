@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from google.protobuf.wrappers_pb2 import BoolValue, Int64Value, StringValue
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
 
 from libs.errors import FailedPreconditionError, InvalidArgumentError
-from libs.eventlog import Decision, NewEvent, Public
+from libs.eventlog import Decision, Event, NewEvent, Public
 from libs.eventlog.codec import CorruptLogError, decode_result, read_envelope
 from libs.eventlog.ports import NewRecord, Record
 from libs.eventlog.replica import HaltedError, Replica
@@ -15,6 +17,7 @@ from libs.eventlog.state import (
     HOUR_MS,
     ID_KEPT_MS,
     RESULT_KEPT_MS,
+    FoldDifferenceError,
     PartitionState,
     RequestEntry,
     RequestTable,
@@ -255,3 +258,85 @@ def test_an_id_used_again_after_its_time_is_kept() -> None:
     table.put(key, entry(72 * HOUR_MS))
     table.put(("o", "p", "x"), entry(80 * HOUR_MS))
     assert table.get(key) == entry(72 * HOUR_MS)
+
+
+class Counting(KeyValue):
+    """Counts its folds; `drift` makes them depend on more than state and event."""
+
+    def __init__(self, *, drift: bool = False) -> None:
+        self.folds = 0
+        self._drift = drift
+
+    def evolve(self, state: State, event: Event) -> State:
+        self.folds += 1
+        return super().evolve(state.set("drift", str(self.folds)) if self._drift else state, event)
+
+
+def foreseen(domain: KeyValue, *, verify: bool = False) -> tuple[PartitionState[State], Working[State], list[Record]]:
+    """A leader's state that foresees a batch, and the batch as the log gives it back."""
+    schema: Schema[State] = Schema.of(domain, "unit", PARTITIONS, verify=verify)
+    state = PartitionState(schema, HOME)
+    state.apply(claim(1))
+    working = Working(schema, state, writer(), 1000)
+    working.take(put("a", "a", "b"), ORIGIN)
+    state.foresee(working.foreseen)
+    return state, working, private(working)
+
+
+def test_what_a_leader_has_folded_is_not_folded_again() -> None:
+    domain = Counting()
+    state, working, records = foreseen(domain)
+    before = domain.folds
+    for record in records:
+        state.apply(record)
+    state.publish_versions()
+    assert domain.folds == before
+    assert state.domain is working.domain
+    assert (dict(state.versions), state.heads["acme"]) == ({"a": 2, "b": 1}, working._head("acme"))
+
+
+@pytest.mark.parametrize("differs", ["value", "envelope", "missing"])
+def test_what_the_log_holds_is_followed_whatever_was_foreseen(differs: str) -> None:
+    domain = Counting()
+    state, _, records = foreseen(domain)
+    before = domain.folds
+    other = Working(Schema.of(domain, "unit", PARTITIONS), state, writer(), 2000)  # another time: another envelope
+    other.take(put("a"), ORIGIN)
+    (late,) = private(other)
+    before = domain.folds
+    match differs:
+        case "value":
+            state.apply(records[0]._replace(value=StringValue(value="forged").SerializeToString()))
+            assert state.domain["a"] == "forged"
+        case "envelope":
+            state.apply(late)
+        case "missing":
+            state.apply(claim(2)._replace(position=1500))  # the batch was aborted, and somebody else claimed
+            again = Working(Schema.of(domain, "unit", PARTITIONS), state, writer(2), 1000)
+            again.take(put("a"), ORIGIN)
+            before = domain.folds
+            (record,) = private(again, 2000)
+            state.apply(record)
+    assert domain.folds == before + 1
+
+
+def test_verifying_finds_a_fold_that_is_no_function_of_state_and_event() -> None:
+    state, working, records = foreseen(Counting(), verify=True)
+    for record in records:
+        state.apply(record)
+    assert state.domain is working.domain
+    state, _, records = foreseen(Counting(drift=True), verify=True)
+    with pytest.raises(FoldDifferenceError, match="StringValue"):
+        state.apply(records[0])
+
+
+def test_a_decision_that_has_folded_is_taken_as_it_is() -> None:
+    domain = Counting()
+    working = Working(Schema.of(domain, "unit", PARTITIONS), claimed(), writer(), 1000)
+    decision = put("a", "b")
+    states = (State({"a": "v"}), State({"a": "v", "b": "v"}))
+    working.take(dataclasses.replace(decision, folded=states), ORIGIN)
+    assert (domain.folds, working.domain) == (0, states[-1])
+    assert [(it.before, it.after) for it in working.foreseen] == [(State(), states[0]), (states[0], states[1])]
+    with pytest.raises(InternalError, match="1 states for 2 events"):
+        working.take(dataclasses.replace(decision, folded=states[:1]), ORIGIN)

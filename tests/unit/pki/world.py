@@ -229,7 +229,9 @@ async def running(
     code_of = code_function(keystore)
     issuer = Issuer(keystore, "local")
     tasks = PkiTasks(registry)
-    config = RuntimeConfig(env="t", partitions=4, wall_clock_ms=clock, retry_first_s=0.01, retry_most_s=0.05)
+    config = RuntimeConfig(
+        env="t", partitions=4, wall_clock_ms=clock, retry_first_s=0.01, retry_most_s=0.05, verify_folds=True
+    )
     runtime: Runtime[State] = Runtime(Pki(code_of), log, config, tasks.handlers())
     tasks.submit = runtime.submit
     await runtime.start()

@@ -57,7 +57,7 @@ class World:
         for new in decision.events:
             self.versions[new.resource] = self.version(new.resource) + 1
             version = self.versions[new.resource]
-            event = Event(new.organization, new.resource, version, new.payload, self.now_ms, principal, "e")
+            event = Event(new.organization, new.resource, version, new.payload, self.now_ms, principal)
             self.state = self.registry.evolve(self.state, event)
             self.published += [public.payload for public in new.public]
         for task_id in decision.close_tasks:

@@ -243,7 +243,7 @@ def test_a_graph_stays_small_enough_to_be_published_whole(fold: Fold) -> None:
         for index in range(count)
     ]
     saved = events.ReleasesSaved(cohort=COHORT, releases=images)
-    fold.state = fold.domain.evolve(fold.state, Event("acme", COHORT, 1, saved, NOW, "test", "id"))
+    fold.state = fold.domain.evolve(fold.state, Event("acme", COHORT, 1, saved, NOW, "test"))
     assert fold.refused(create("more")) == "QUOTA_EXCEEDED"
     fold.state = fold.domain.evolve(
         fold.state,
@@ -254,7 +254,6 @@ def test_a_graph_stays_small_enough_to_be_published_whole(fold: Fold) -> None:
             events.ReleasesSaved(cohort=COHORT, deleted=[image.name for image in images[:500]]),
             NOW,
             "test",
-            "id",
         ),
     )
     fold.do(create("more"))

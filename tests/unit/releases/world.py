@@ -89,7 +89,7 @@ class Fold:
     def do(self, command: object) -> Decision:
         decision = self.domain.decide(self.state, command, self.inputs)
         for event in decision.events:
-            image = Event("acme", event.resource, 1, event.payload, self.inputs.now_ms, "test", "id")
+            image = Event("acme", event.resource, 1, event.payload, self.inputs.now_ms, "test")
             self.state = self.domain.evolve(self.state, image)
         return decision
 
@@ -236,7 +236,7 @@ class World:
 @asynccontextmanager
 async def world() -> AsyncIterator[World]:
     log = MemoryLog(partitions=1)
-    config = RuntimeConfig(env="dev", partitions=1, address="127.0.0.1:1")
+    config = RuntimeConfig(env="dev", partitions=1, address="127.0.0.1:1", verify_folds=True)
     runtime: Runtime[State] = Runtime(Releases(), log, config)
     neighbours = {one.service: Runtime[None](one, log, config) for one in publishers()}
     everybody: tuple[Runtime[Any], ...] = (runtime, *neighbours.values())

@@ -52,7 +52,7 @@ class World:
             version = self.versions[event.resource]
             self.state = DOMAIN.evolve(
                 self.state,
-                Event(event.organization, event.resource, version, event.payload, self.now_ms, "test", "e"),
+                Event(event.organization, event.resource, version, event.payload, self.now_ms, "test"),
             )
         return decision
 
