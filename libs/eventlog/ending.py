@@ -1,4 +1,4 @@
-"""How background tasks are ended for good."""
+"""How background tasks are ended for good, and how an end that nobody asked for is told apart."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from typing import Any, Final
 
 AGAIN_S: Final = 5.0
 """A task that has not ended by then lost its cancellation, or cleans up slowly."""
+
+
+def is_cancelled() -> bool:
+    """Whether somebody asked the current task to end: libraries let out cancellations of their own making too."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def end(*tasks: asyncio.Task[Any]) -> None:

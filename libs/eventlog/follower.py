@@ -19,7 +19,7 @@ from libs.eventlog.chores import back_off
 from libs.eventlog.codec import LOG_ID, header, read_envelope, types_by_name
 from libs.eventlog.config import public_topic
 from libs.eventlog.deadline import Deadline, monotonic
-from libs.eventlog.ending import end
+from libs.eventlog.ending import end, is_cancelled
 from libs.eventlog.inbox import FETCH_SHARE, LagMeter
 from libs.eventlog.model import Foreign, Token
 from libs.eventlog.ports import EventLog, LogError, Record, Tail, TopicPartition
@@ -164,6 +164,12 @@ class PublicFollower:
             except LogError as error:
                 failures += 1
                 logger.warning("following %s failed: %s", self.topic, error)
+            except asyncio.CancelledError:
+                if not is_cancelled():
+                    self.problem = "cancelled by nobody here"
+                    logger.exception("following %s stopped", self.topic)
+                    self._notify()
+                raise
             except Exception as error:
                 self.problem = f"{type(error).__name__}: {error}"
                 logger.exception("following %s stopped", self.topic)

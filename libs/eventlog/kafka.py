@@ -22,6 +22,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import InvalidProducerEpoch, KafkaError, OffsetOutOfRangeError, ProducerFenced
 
+from libs.eventlog.ending import is_cancelled
 from libs.eventlog.ports import FencedError, LogError, NewRecord, Record, TopicPartition, UnknownOutcomeError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class KafkaTimes:
 
 _MAX_BATCH_BYTES = 900_000
 _CLOSE_WITHIN_S = 2.0
+_closing: set[asyncio.Task[None]] = set()
+"""Clients being stopped; they go on when whoever asked for it is cancelled."""
 
 
 class KafkaLog:
@@ -109,10 +112,10 @@ class KafkaLog:
             for place, position in places.items():
                 consumer.seek(place, position)
         except (KafkaError, OSError) as error:
-            await close(consumer.stop())
+            await close(stopped(consumer))
             raise LogError(repr(error)) from error
         except asyncio.CancelledError:
-            await close(consumer.stop())
+            await close(stopped(consumer))
             raise
         return KafkaTail(consumer, positions)
 
@@ -124,7 +127,7 @@ class KafkaLog:
                 try:
                     await consumer.start()
                 except (KafkaError, OSError) as error:
-                    await close(consumer.stop())
+                    await close(stopped(consumer))
                     raise LogError(repr(error)) from error
                 self._ends = consumer
         places = [KafkaPlace(*place) for place in partitions]
@@ -162,10 +165,10 @@ class KafkaLog:
         try:
             await consumer.start()
         except (KafkaError, OSError) as error:
-            await close(consumer.stop())
+            await close(stopped(consumer))
             raise LogError(repr(error)) from error
         except asyncio.CancelledError:
-            await close(consumer.stop())
+            await close(stopped(consumer))
             raise
         election.begin(consumer)
         return election
@@ -173,7 +176,7 @@ class KafkaLog:
     async def close(self) -> None:
         if self._ends is not None:
             ends, self._ends = self._ends, None
-            await close(ends.stop())
+            await close(stopped(ends))
 
     def _consumer(self, **options: Any) -> AIOKafkaConsumer:
         defaults = {
@@ -187,12 +190,36 @@ class KafkaLog:
 
 
 async def close(stopping: Awaitable[None]) -> None:
-    """Stop a client whose broker may be gone: bounded, and no reason to fail."""
+    """Stop a client whose broker may be gone: bounded, and no reason to fail.
+
+    In a task of its own, because aiokafka loses cancellations while it stops: the caller's must not be among them.
+    """
+    task = asyncio.create_task(_bounded(stopping))
+    _closing.add(task)
+    task.add_done_callback(_closing.discard)
+    await asyncio.wait({task})
+
+
+async def _bounded(stopping: Awaitable[None]) -> None:
     try:
         async with asyncio.timeout(_CLOSE_WITHIN_S):
             await stopping
     except Exception as error:  # noqa: BLE001 - it is being thrown away
         logger.debug("closing a Kafka client: %r", error)
+
+
+async def stopped(consumer: AIOKafkaConsumer) -> None:
+    """Stop a consumer whole.
+
+    When a fetch waits to be tried again, as after a lost broker, aiokafka cancels it and lets that cancellation out of
+    its own `stop`, halfway. It would end whoever closes, in silence, and leave connections open.
+    """
+    try:
+        await consumer.stop()
+    except asyncio.CancelledError:
+        if is_cancelled():
+            raise
+        await consumer._client.close()  # noqa: SLF001 - what `stop` had still to do
 
 
 class KafkaAppender:
@@ -298,7 +325,7 @@ class KafkaTail:
         return self._positions[at]
 
     async def close(self) -> None:
-        await close(self._consumer.stop())
+        await close(stopped(self._consumer))
 
 
 class _Stoppable(Protocol):
@@ -366,4 +393,4 @@ class KafkaElection:
             with contextlib.suppress(asyncio.CancelledError, KafkaError, OSError):
                 await self._polling
         if self._consumer is not None:
-            await close(self._consumer.stop())
+            await close(stopped(self._consumer))

@@ -180,9 +180,9 @@ class Runtime(Generic[S]):
         def ended(task: asyncio.Task[None]) -> None:
             if self._supervised.get(name) is task:
                 del self._supervised[name]
-            if task.cancelled():
-                return
-            error = task.exception()
+            if task.cancelled() and task.cancelling():
+                return  # as somebody asked for; a cancellation of a library's own making is a death like any other
+            error = asyncio.CancelledError() if task.cancelled() else task.exception()
             if error is not None:
                 logger.error("background task %s of %s died", name, self.service, exc_info=error)
                 self._dead.append(f"{name} died: {type(error).__name__}: {error}")

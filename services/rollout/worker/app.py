@@ -26,7 +26,7 @@ from redis.asyncio import Redis
 
 from libs.checkins import SequenceGuard
 from libs.checkins.producer import checkin_topic
-from libs.eventlog.kafka import KafkaLog
+from libs.eventlog.kafka import KafkaLog, close, stopped
 from libs.rpc import channel, configure_logging
 from libs.settings import Settings
 from services.rollout.worker.dead import DeadLetters
@@ -142,7 +142,7 @@ class Worker:
         await self.app.stop()
         for pump in self._pumps.values():
             await pump.stop()
-        await self._ends.stop()
+        await close(stopped(self._ends))
         await self._dead.stop()
         await self._models.close()
         await self._keys.follower.stop()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from libs.eventlog.config import events_topic, public_topic
+from libs.eventlog.kafka import KafkaTail
 from libs.eventlog.ports import Appender, FencedError, LogError, NewRecord, Record, Tail, TopicPartition
 from tests.contract.eventlog.support import World, soon
 
@@ -121,6 +122,30 @@ async def test_records_of_two_topics_are_one_transaction(world: World) -> None:
     assert sorted(values(await read(tail, 2))) == ["private", "public"]
     for closing in (appender, successor, tail):
         await closing.close()
+
+
+async def test_a_tail_is_closed_whole_while_a_fetch_of_it_waits_to_be_tried_again(kafka_world: World) -> None:
+    """As after a lost broker. aiokafka lets the cancellation of that fetch out of its own stop, halfway."""
+    tail = await kafka_world.log().open_tail({TopicPartition(topic_of(kafka_world), 0): 0})
+    assert isinstance(tail, KafkaTail)
+    consumer = tail._consumer
+    trying_again = asyncio.create_task(asyncio.sleep(60))
+    consumer._fetcher._pending_tasks.add(trying_again)
+    await asyncio.sleep(0)
+    await asyncio.create_task(tail.close())
+    assert trying_again.cancelled()
+    assert not any(connection.connected() for connection in consumer._client._conns.values())
+    assert consumer._client._sync_task is None
+
+
+async def test_closing_is_cancelled_by_whoever_asks_for_it(kafka_world: World) -> None:
+    tail = await kafka_world.log().open_tail({TopicPartition(topic_of(kafka_world), 0): 0})
+    closing = asyncio.create_task(tail.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await tail.close()
 
 
 async def test_headers_keys_and_times_survive(world: World) -> None:
