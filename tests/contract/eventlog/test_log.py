@@ -128,6 +128,7 @@ async def test_a_tail_is_closed_whole_while_a_fetch_of_it_waits_to_be_tried_agai
     """As after a lost broker. aiokafka lets the cancellation of that fetch out of its own stop, halfway."""
     tail = await kafka_world.log().open_tail({TopicPartition(topic_of(kafka_world), 0): 0})
     assert isinstance(tail, KafkaTail)
+    await tail.fetch(0.1)
     consumer = tail._consumer
     trying_again = asyncio.create_task(asyncio.sleep(60))
     consumer._fetcher._pending_tasks.add(trying_again)
