@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import immutables
+import uvloop
 from aiokafka import AIOKafkaProducer
 from google.protobuf.message import Message
 from google.protobuf.wrappers_pb2 import StringValue
@@ -164,4 +165,4 @@ if __name__ == "__main__":
     parser.add_argument("--kafka", default=os.environ.get("GROUNDSWELL_KAFKA", "127.0.0.1:19092"))
     arguments = parser.parse_args(sys.argv[1:])
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # topics made a moment ago are still finding their leaders
-    asyncio.run(main(arguments.kafka, arguments.events, arguments.rounds))
+    uvloop.run(main(arguments.kafka, arguments.events, arguments.rounds))

@@ -105,14 +105,7 @@ class TimerWork(Work[S]):
             fired = TimerFired(timer.timer_id, timer.kind, timer.payload)
             decision = decide(schema, working, fired, origin)
             # The clearing comes first, so that the decision may set the same timer again.
-            cleared = Decision(
-                events=decision.events,
-                open_tasks=decision.open_tasks,
-                close_tasks=decision.close_tasks,
-                set_timers=decision.set_timers,
-                clear_timers=(timer.timer_id, *decision.clear_timers),
-                folded=decision.folded,
-            )
+            cleared = decision.replace(clear_timers=(timer.timer_id, *decision.clear_timers))
             take(working, cleared, origin, f"timer {timer.kind}")
         return NOTHING
 

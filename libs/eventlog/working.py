@@ -245,8 +245,12 @@ class Working(Generic[S]):
             if type(payload) not in self._schema.kinds:
                 raise InternalError("EVENT_TYPE_UNKNOWN", f"{type(payload).__name__} is not among event_types")
             value = payload.SerializeToString()
-            public_values = [public.payload.SerializeToString() for public in new.public]
-            if len(value) > most or any(len(item) > most for item in public_values):
+            largest = len(value)
+            public_values = []
+            for public in new.public:
+                public_values.append(public.payload.SerializeToString())
+                largest = max(largest, len(public_values[-1]))
+            if largest > most:
                 raise InternalError("RECORD_TOO_LARGE", f"a record of {resource} has over {most} bytes")
             version = (versions.get(resource) or self.version(resource)) + 1
             versions[resource] = version

@@ -7,7 +7,6 @@ again after any failure. Content never changes: another document is another atta
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
@@ -139,4 +138,4 @@ def _cleared(decision: Decision, known: pb.Attachment, upload: Upload, ctx: Cont
     if not known.parts:
         return decision
     keys = tuple(part_key(upload.upload_id, part) for part in known.parts)
-    return replace(decision, open_tasks=(drop_task(keys, ctx.organization),))
+    return decision.replace(open_tasks=(drop_task(keys, ctx.organization),))

@@ -123,7 +123,7 @@ def hash_binary(state: State, command: HashBinary, ctx: Context) -> Decision:
     # The content key is held from now on, before anything is written there.
     upload = replace(upload_of(state, command.name), blob_key=reserved(state, ctx.organization, binary.sha256))
     task = Task(f"{HASH}/{upload.staging_key}", HASH, binary.name.encode(), organization=ctx.organization)
-    return replace(_save(binary, upload, ctx), open_tasks=(task,))
+    return _save(binary, upload, ctx).replace(open_tasks=(task,))
 
 
 def hash_finished(state: State, command: HashFinished, ctx: Context) -> Decision:
@@ -142,7 +142,7 @@ def hash_finished(state: State, command: HashFinished, ctx: Context) -> Decision
         binary.state_reason = "SIZE_MISMATCH" if command.size != known.size else "DIGEST_MISMATCH"
         upload = Upload()
     drop = drop_task((command.staging_key,), ctx.organization)
-    return replace(_save(binary, upload, ctx), open_tasks=(drop,), close_tasks=(command.task_id,))
+    return _save(binary, upload, ctx).replace(open_tasks=(drop,), close_tasks=(command.task_id,))
 
 
 def reset_binary(state: State, command: ResetBinary, ctx: Context) -> Decision:
@@ -210,7 +210,7 @@ def _given_up(decision: Decision, upload: Upload, ctx: Context) -> Decision:
         return decision
     payload = f"{upload.staging_key}\n{upload.upload_id}".encode()
     task = Task(f"{ABORT}/{upload.staging_key}", ABORT, payload, organization=ctx.organization)
-    return replace(decision, open_tasks=(task,), close_tasks=(f"{HASH}/{upload.staging_key}",))
+    return decision.replace(open_tasks=(task,), close_tasks=(f"{HASH}/{upload.staging_key}",))
 
 
 def sign_binary(state: State, command: SignBinary, ctx: Context) -> Decision:

@@ -9,7 +9,6 @@ collection lands either before the timer's decision, and stops it, or after it, 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 from groundswell.artifacts.v1 import events_pb2 as ev
@@ -44,7 +43,7 @@ def with_timers(state: State, decision: Decision, ctx: Context, grace_ms: int) -
         if before and before != after and len(state.holders.get(before) or ()) <= 1:
             timer = Timer(f"{COLLECT}/{before}", COLLECT, ctx.now_ms + grace_ms, before.encode(), event.organization)
             timers.append(timer)
-    return replace(decision, set_timers=(*decision.set_timers, *timers)) if timers else decision
+    return decision.replace(set_timers=(*decision.set_timers, *timers)) if timers else decision
 
 
 def collect(state: State, fired: TimerFired, ctx: Context) -> Decision:

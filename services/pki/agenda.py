@@ -182,7 +182,7 @@ def _alarmed(decision: Decision, at_ms: int, ctx: Context) -> Decision:
     event = NewEvent(ctx.organization, _RESOURCE, events_pb2.AlarmSet(at_ms=at_ms))
     timers = (Timer(ALARM, ALARM, at_ms),) if at_ms else ()
     # Before the others: the last event of a command carries its answer.
-    return replace(decision, events=(event, *decision.events), set_timers=(*decision.set_timers, *timers))
+    return decision.replace(events=(event, *decision.events), set_timers=(*decision.set_timers, *timers))
 
 
 def _dues(state: State, payload: Message) -> Iterator[int]:

@@ -275,7 +275,7 @@ class Releases:
             )
         changed = remove(graph, known.name)
         decision = self._save(graph, cohort, changed, [known.name], "release.deleted", known, ctx, command.reason)
-        return replace(decision, result=Empty())
+        return decision.replace(result=Empty())
 
     def _set_managed(self, state: State, command: SetManaged, ctx: Context) -> Decision:
         graph, known = _find(state, command.name)

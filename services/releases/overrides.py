@@ -7,7 +7,7 @@ that is in it, or taking out one that is not, changes nothing. Overlaps are allo
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import immutables
@@ -110,7 +110,7 @@ def delete(overrides: Overrides, command: DeleteOverride, ctx: Context) -> Decis
     known = _find(overrides, command.name)
     check_etag(command.etag, known.etag, known.name)
     decision = _saved(_copy(known), "bundle_override.deleted", ctx, deleted=True)
-    return replace(decision, result=Empty())
+    return decision.replace(result=Empty())
 
 
 def _changed(known: pb.BundleOverride, changed: pb.BundleOverride, ctx: Context) -> Decision:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from google.protobuf.wrappers_pb2 import BoolValue, Int64Value, StringValue
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
@@ -335,8 +333,8 @@ def test_a_decision_that_has_folded_is_taken_as_it_is() -> None:
     working = Working(Schema.of(domain, "unit", PARTITIONS), claimed(), writer(), 1000)
     decision = put("a", "b")
     states = (State({"a": "v"}), State({"a": "v", "b": "v"}))
-    working.take(dataclasses.replace(decision, folded=states), ORIGIN)
+    working.take(decision.replace(folded=states), ORIGIN)
     assert (domain.folds, working.domain) == (0, states[-1])
     assert [(it.before, it.after) for it in working.foreseen] == [(State(), states[0]), (states[0], states[1])]
     with pytest.raises(InternalError, match="1 states for 2 events"):
-        working.take(dataclasses.replace(decision, folded=states[:1]), ORIGIN)
+        working.take(decision.replace(folded=states[:1]), ORIGIN)
