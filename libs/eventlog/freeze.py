@@ -1,8 +1,8 @@
 """Domain states as bytes and back, without a line of code in any service, and without pickle.
 
-What may occur is *registered by type*: everything reachable from the annotations of a domain's state (frozen
-dataclasses, named tuples, enums), plus protobuf messages by their full names. A value of any other type is an error, so
-nothing is stored that could not be read back, and reading never runs code that a file names.
+What may occur is *registered by type*: everything reachable from the annotations of a domain's state (structs, frozen
+dataclasses, named tuples, enums), plus protobuf messages by their full names. A value of any other type is an error,
+so nothing is stored that could not be read back, and reading never runs code that a file names.
 
 Big maps go through in pieces (:meth:`Codec.freeze` is a generator), so whoever drives it decides how long it may hold
 the event loop. Roots of persistent maps do not move, so the log may go on meanwhile.
@@ -43,7 +43,11 @@ class FreezeError(Exception):
 
 
 def _is_record(kind: type) -> bool:
-    return dataclasses.is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+    return (
+        issubclass(kind, msgspec.Struct)
+        or dataclasses.is_dataclass(kind)
+        or (issubclass(kind, tuple) and hasattr(kind, "_fields"))
+    )
 
 
 def _is_known(kind: type) -> bool:
@@ -52,6 +56,8 @@ def _is_known(kind: type) -> bool:
 
 def fields_of(kind: type) -> tuple[str, ...]:
     """Names of a record's fields, in their order."""
+    if issubclass(kind, msgspec.Struct):
+        return kind.__struct_fields__
     if dataclasses.is_dataclass(kind):
         return tuple(field.name for field in dataclasses.fields(kind))
     return tuple(kind._fields)  # type: ignore[attr-defined]

@@ -11,12 +11,12 @@ was bundled must not be reset; what later revocations mean is judged where the b
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 from groundswell.artifacts.v1 import artifacts_pb2 as pb
 from groundswell.artifacts.v1 import events_pb2 as ev
+from msgspec.structs import replace
 
 from libs.errors import FailedPreconditionError, check_etag
 from libs.eventlog import Context, Decision, NewEvent, Task

@@ -9,12 +9,13 @@ rest by a task in chunks. A bundle begins without signatures, so the policy matt
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Final
 
+import msgspec
 from groundswell.artifacts.v1 import artifacts_pb2 as pb
 from groundswell.artifacts.v1 import events_pb2 as ev
 from groundswell.registry.v1 import events_pb2 as registry_events
+from msgspec.structs import replace
 
 from libs.errors import FailedPreconditionError, check_etag
 from libs.eventlog import Context, Decision, Foreign, NewEvent, Public, Task
@@ -234,8 +235,7 @@ def unrevoked(signatures: Iterable[pb.Signature], keys: Mapping[str, pb.SigningK
     return sum(key_id in keys and not keys[key_id].revoked for key_id in {one.key_id for one in signatures})
 
 
-@dataclass(frozen=True, slots=True)
-class _Rules:
+class _Rules(msgspec.Struct, frozen=True):
     """What a product's signatures are counted by."""
 
     keys: Mapping[str, pb.SigningKey]

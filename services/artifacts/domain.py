@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from groundswell.artifacts.v1 import events_pb2 as ev
+from msgspec.structs import replace
 
 from libs.errors import AlreadyExistsError, check_etag
 from libs.eventlog import Context, Decision, Event, Foreign, NewEvent, TimerFired

@@ -6,13 +6,14 @@ bundle's judgement cost what the product holds and not what the partition holds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import immutables
+import msgspec
 from google.protobuf.message import Message
 from groundswell.artifacts.v1 import artifacts_pb2 as pb
 from groundswell.artifacts.v1 import events_pb2 as ev
+from msgspec.structs import replace
 
 from libs.eventlog import Event
 from libs.names import product_of
@@ -21,8 +22,7 @@ M = TypeVar("M", bound=Message)
 Shelves = immutables.Map[str, immutables.Map[str, M]]
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
+class Upload(msgspec.Struct, frozen=True, gc=False):
     """Where the bytes of a binary or an attachment are."""
 
     staging_key: str = ""
@@ -31,31 +31,30 @@ class Upload:
     """Content key that it holds: from before anything is written there until it is given up."""
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(msgspec.Struct, frozen=True, gc=False):
     """See the module."""
 
-    signing_keys: Shelves[pb.SigningKey] = field(default_factory=immutables.Map)
-    artifacts: Shelves[pb.Artifact] = field(default_factory=immutables.Map)
-    versions: Shelves[pb.ArtifactVersion] = field(default_factory=immutables.Map)
-    binaries: Shelves[pb.Binary] = field(default_factory=immutables.Map)
-    attachments: Shelves[pb.Attachment] = field(default_factory=immutables.Map)
-    bundles: Shelves[pb.Bundle] = field(default_factory=immutables.Map)
-    uploads: immutables.Map[str, Upload] = field(default_factory=immutables.Map)
+    signing_keys: Shelves[pb.SigningKey] = msgspec.field(default_factory=immutables.Map)
+    artifacts: Shelves[pb.Artifact] = msgspec.field(default_factory=immutables.Map)
+    versions: Shelves[pb.ArtifactVersion] = msgspec.field(default_factory=immutables.Map)
+    binaries: Shelves[pb.Binary] = msgspec.field(default_factory=immutables.Map)
+    attachments: Shelves[pb.Attachment] = msgspec.field(default_factory=immutables.Map)
+    bundles: Shelves[pb.Bundle] = msgspec.field(default_factory=immutables.Map)
+    uploads: immutables.Map[str, Upload] = msgspec.field(default_factory=immutables.Map)
     """By binary or attachment."""
-    bundles_of: immutables.Map[str, immutables.Map[str, None]] = field(default_factory=immutables.Map)
+    bundles_of: immutables.Map[str, immutables.Map[str, None]] = msgspec.field(default_factory=immutables.Map)
     """Binary → the bundles that hold it."""
-    waiting: immutables.Map[str, immutables.Map[str, None]] = field(default_factory=immutables.Map)
+    waiting: immutables.Map[str, immutables.Map[str, None]] = msgspec.field(default_factory=immutables.Map)
     """Product → SIGNABLE binaries that have some of the signatures they need."""
-    holders: immutables.Map[str, immutables.Map[str, None]] = field(default_factory=immutables.Map)
+    holders: immutables.Map[str, immutables.Map[str, None]] = msgspec.field(default_factory=immutables.Map)
     """Content key → the binaries and attachments that hold it."""
-    generations: immutables.Map[str, int] = field(default_factory=immutables.Map)
+    generations: immutables.Map[str, int] = msgspec.field(default_factory=immutables.Map)
     """``organization/digest`` → generation of its next content key, once content of it was given up."""
-    bundle_blobs: immutables.Map[str, tuple[str, ...]] = field(default_factory=immutables.Map)
+    bundle_blobs: immutables.Map[str, tuple[str, ...]] = msgspec.field(default_factory=immutables.Map)
     """Content keys by bundle, in the order of its entries."""
-    required_signatures: immutables.Map[str, int] = field(default_factory=immutables.Map)
+    required_signatures: immutables.Map[str, int] = msgspec.field(default_factory=immutables.Map)
     """Product → signatures its bundles need; 1 when absent."""
-    required_binary_signatures: immutables.Map[str, int] = field(default_factory=immutables.Map)
+    required_binary_signatures: immutables.Map[str, int] = msgspec.field(default_factory=immutables.Map)
     """Product → signatures each binary needs; 1 when absent."""
 
 

@@ -11,7 +11,6 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import immutables
@@ -19,6 +18,7 @@ from google.protobuf.message import Message
 from groundswell.pki.v1 import events_pb2, pki_pb2
 from groundswell.registry.v1 import events_pb2 as registry_events
 from groundswell.registry.v1 import registry_pb2
+from msgspec.structs import replace
 
 from libs.eventlog import Context, Decision, Foreign, NewEvent, Public, Timer
 from libs.names import organization_of, product_of

@@ -8,12 +8,12 @@ CAs and what they sign, :mod:`services.pki.agenda` for what time does to all of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 import immutables
 from google.protobuf.message import Message
 from groundswell.pki.v1 import events_pb2, pki_pb2
+from msgspec.structs import replace
 
 from libs.eventlog import Context, Decision, Event, Foreign, TimerFired
 from libs.names import organization_of

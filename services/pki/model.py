@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import immutables
+import msgspec
 from google.protobuf.timestamp_pb2 import Timestamp
 from groundswell.pki.v1 import events_pb2, pki_pb2
 from groundswell.registry.v1 import registry_pb2
@@ -45,16 +46,14 @@ Leaf = pki_pb2.DeviceCertificate
 Issuing = pki_pb2.IssuingCa
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(msgspec.Struct, frozen=True, gc=False):
     """Who holds a CA key, at the key's own partition."""
 
     ca_certificate: str
     confirmed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(msgspec.Struct, frozen=True, gc=False):
     """Fold of one partition. Messages in it are never mutated."""
 
     codes: immutables.Map[str, pki_pb2.VerificationCode] = _EMPTY

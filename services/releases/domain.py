@@ -9,10 +9,11 @@ for dry runs; of decisions on a graph only the deletion of a required release lo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import immutables
+import msgspec
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from groundswell.artifacts.v1 import events_pb2 as artifacts_events
@@ -20,6 +21,7 @@ from groundswell.registry.v1 import events_pb2 as registry_events
 from groundswell.releases.v1 import events_pb2 as events
 from groundswell.releases.v1 import releases_pb2 as pb
 from groundswell.rollout.v1 import events_pb2 as rollout_events
+from msgspec.structs import replace
 
 from libs.errors import (
     AlreadyExistsError,
@@ -55,18 +57,17 @@ _MANAGED_FIELDS: Final = ("bundle", "version", "version_requirement", "security_
 _PROMOTED_FIELDS: Final = ("bundle", "version", "version_requirement", "security_version", "required")
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(msgspec.Struct, frozen=True, gc=False):
     """One partition's graphs and overrides."""
 
-    graphs: immutables.Map[str, Graph] = field(default_factory=immutables.Map)
+    graphs: immutables.Map[str, Graph] = msgspec.field(default_factory=immutables.Map)
     """Cohort → its releases by name."""
-    overrides: immutables.Map[str, pb.BundleOverride] = field(default_factory=immutables.Map)
-    devices: immutables.Map[str, DeviceFacts] = field(default_factory=immutables.Map)
-    fleets: immutables.Map[str, Fleet] = field(default_factory=immutables.Map)
+    overrides: immutables.Map[str, pb.BundleOverride] = msgspec.field(default_factory=immutables.Map)
+    devices: immutables.Map[str, DeviceFacts] = msgspec.field(default_factory=immutables.Map)
+    fleets: immutables.Map[str, Fleet] = msgspec.field(default_factory=immutables.Map)
     """Cohort → how many of its devices, retired ones left out, report what."""
-    bundles: immutables.Map[str, BundleFacts] = field(default_factory=immutables.Map)
-    plans: immutables.Map[str, PlanFacts] = field(default_factory=immutables.Map)
+    bundles: immutables.Map[str, BundleFacts] = msgspec.field(default_factory=immutables.Map)
+    plans: immutables.Map[str, PlanFacts] = msgspec.field(default_factory=immutables.Map)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Final
 
 from google.protobuf.empty_pb2 import Empty
 from groundswell.registry.v1 import events_pb2 as ev
 from groundswell.registry.v1 import registry_pb2 as pb
+from msgspec.structs import replace
 
 from libs.errors import FailedPreconditionError, PermissionDeniedError, check_etag
 from libs.eventlog import Context, Decision, NewEvent, Public

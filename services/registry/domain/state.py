@@ -6,14 +6,15 @@ and a quota cost what the collection holds and not what the partition holds. Mes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 import immutables
+import msgspec
 from google.protobuf.message import Message
 from groundswell.registry.v1 import device_imports_pb2 as imports_pb
 from groundswell.registry.v1 import events_pb2 as ev
 from groundswell.registry.v1 import registry_pb2 as pb
+from msgspec.structs import replace
 
 from libs.eventlog import Event
 from libs.names import organization_of, product_of
@@ -30,8 +31,7 @@ PROBLEMS_KEPT: Final = 1_000
 """Problems that an import keeps once it has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failures:
+class Failures(msgspec.Struct, frozen=True, gc=False):
     """What automatic quarantine knows of a device."""
 
     attempt: str
@@ -40,39 +40,37 @@ class Failures:
     recent_ms: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
+class Upload(msgspec.Struct, frozen=True, gc=False):
     """Rows of an import."""
 
-    rows: immutables.Map[int, imports_pb.DeviceImportRow] = field(default_factory=immutables.Map)
-    first_of: immutables.Map[str, int] = field(default_factory=immutables.Map)
+    rows: immutables.Map[int, imports_pb.DeviceImportRow] = msgspec.field(default_factory=immutables.Map)
+    first_of: immutables.Map[str, int] = msgspec.field(default_factory=immutables.Map)
     """Identifier → the lowest row that names it; every other one is a duplicate."""
-    problems: immutables.Map[int, imports_pb.DeviceImportVerdict] = field(default_factory=immutables.Map)
+    problems: immutables.Map[int, imports_pb.DeviceImportVerdict] = msgspec.field(default_factory=immutables.Map)
     size: int = 0
     """Bytes of the rows."""
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(msgspec.Struct, frozen=True, gc=False):
     """See the module."""
 
-    organizations: immutables.Map[str, pb.Organization] = field(default_factory=immutables.Map)
-    products: Shelves[pb.Product] = field(default_factory=immutables.Map)
-    cohorts: Shelves[pb.Cohort] = field(default_factory=immutables.Map)
-    devices: Shelves[pb.Device] = field(default_factory=immutables.Map)
-    members: Shelves[pb.Member] = field(default_factory=immutables.Map)
-    api_keys: Shelves[pb.ApiKey] = field(default_factory=immutables.Map)
-    gateways: Shelves[pb.Gateway] = field(default_factory=immutables.Map)
-    roles: Shelves[pb.Role] = field(default_factory=immutables.Map)
-    imports: Shelves[imports_pb.DeviceImport] = field(default_factory=immutables.Map)
-    uploads: immutables.Map[str, Upload] = field(default_factory=immutables.Map)
+    organizations: immutables.Map[str, pb.Organization] = msgspec.field(default_factory=immutables.Map)
+    products: Shelves[pb.Product] = msgspec.field(default_factory=immutables.Map)
+    cohorts: Shelves[pb.Cohort] = msgspec.field(default_factory=immutables.Map)
+    devices: Shelves[pb.Device] = msgspec.field(default_factory=immutables.Map)
+    members: Shelves[pb.Member] = msgspec.field(default_factory=immutables.Map)
+    api_keys: Shelves[pb.ApiKey] = msgspec.field(default_factory=immutables.Map)
+    gateways: Shelves[pb.Gateway] = msgspec.field(default_factory=immutables.Map)
+    roles: Shelves[pb.Role] = msgspec.field(default_factory=immutables.Map)
+    imports: Shelves[imports_pb.DeviceImport] = msgspec.field(default_factory=immutables.Map)
+    uploads: immutables.Map[str, Upload] = msgspec.field(default_factory=immutables.Map)
     """Import name → its rows, until it has ended, and the problems found in them."""
-    index: DeviceIndex = field(default_factory=DeviceIndex)
-    failures: immutables.Map[str, Failures] = field(default_factory=immutables.Map)
+    index: DeviceIndex = msgspec.field(default_factory=DeviceIndex)
+    failures: immutables.Map[str, Failures] = msgspec.field(default_factory=immutables.Map)
     """Device name → failed attempts since the last success, where automatic quarantine counts them."""
-    identifiers: immutables.Map[tuple[str, str], str] = field(default_factory=immutables.Map)
+    identifiers: immutables.Map[tuple[str, str], str] = msgspec.field(default_factory=immutables.Map)
     """(organization id, device identifier) → device name; retired devices keep theirs for good."""
-    active_devices: immutables.Map[str, int] = field(default_factory=immutables.Map)
+    active_devices: immutables.Map[str, int] = msgspec.field(default_factory=immutables.Map)
     """Organization id, and product name → devices that are not retired."""
 
 

@@ -14,16 +14,16 @@ Checks go from what never changes to what changes soonest. A refusal says whethe
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 from groundswell.releases.v1 import releases_pb2
 from groundswell.rollout.v1 import rollout_pb2
+from msgspec.structs import replace
 
 from libs.eventlog.model import Context
 from libs.resolution.buckets import in_share
 from services.rollout.domain import attempts, summary
-from services.rollout.domain.copying import replace
 from services.rollout.domain.stages import REACHED
 from services.rollout.domain.state import (
     FORWARD,
@@ -55,8 +55,7 @@ RETRY_BUDGET: Final = 10
 """Attempts of one device at one target that may fail, whatever an operator retries."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True, gc=False):
     """Why not."""
 
     code: str
@@ -68,8 +67,7 @@ class Refusal:
     final: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(msgspec.Struct, frozen=True, gc=False):
     """What may be granted."""
 
     claim: str

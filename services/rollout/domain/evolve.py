@@ -15,10 +15,10 @@ from groundswell.registry.v1 import events_pb2 as registry_events
 from groundswell.releases.v1 import events_pb2 as releases_events
 from groundswell.rollout.v1 import events_pb2, rollout_pb2
 from immutables import Map
+from msgspec.structs import replace
 
 from libs.eventlog.model import Event
 from services.rollout.domain import facts, summary, tally
-from services.rollout.domain.copying import replace
 from services.rollout.domain.state import (
     CONFIRMED,
     DUE_BUCKET_MS,

@@ -7,9 +7,9 @@ from groundswell.registry.v1 import events_pb2 as registry_events
 from groundswell.registry.v1 import registry_pb2
 from groundswell.releases.v1 import events_pb2 as releases_events
 from groundswell.rollout.v1 import rollout_pb2
+from msgspec.structs import replace
 
 from libs.eventlog.model import Event
-from services.rollout.domain.copying import replace
 from services.rollout.domain.state import BundleFacts, DeviceFacts, ProductFacts, State, duration_ms
 from services.rollout.domain.windows import window_of
 

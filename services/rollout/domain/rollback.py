@@ -7,8 +7,7 @@ can.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 from groundswell.rollout.v1 import events_pb2, rollout_pb2
 
 from libs.eventlog.model import Context
@@ -27,8 +26,7 @@ from services.rollout.domain.state import ROLLBACK, DeviceFacts, Seen, State, ca
 _GOES_BACK = frozenset({rollout_pb2.Rollout.STATE_ROLLING_BACK, rollout_pb2.Rollout.STATE_ROLLED_BACK})
 
 
-@dataclass(frozen=True, slots=True)
-class Hold:
+class Hold(msgspec.Struct, frozen=True, gc=False):
     """The device stays where it is, and why."""
 
     rollout: str

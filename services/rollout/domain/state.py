@@ -8,9 +8,9 @@ leases, soaks and silence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from groundswell.artifacts.v1 import artifacts_pb2
@@ -42,8 +42,7 @@ FORWARD: Final = rollout_pb2.Attempt.KIND_FORWARD
 ROLLBACK: Final = rollout_pb2.Attempt.KIND_ROLLBACK
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(msgspec.Struct, frozen=True, gc=False):
     """Deadlines of the attempts of one plan, stream milliseconds."""
 
     lease_ms: int = 900_000
@@ -80,8 +79,7 @@ def policy_of(rollout: rollout_pb2.Rollout, stage: rollout_pb2.Stage) -> Policy:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(msgspec.Struct, frozen=True, gc=False):
     """What a device says it runs; one atomic state."""
 
     release: str = ""
@@ -93,8 +91,7 @@ class Running:
         return bool(self.release or self.bundle or self.version)
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFacts:
+class DeviceFacts(msgspec.Struct, frozen=True, gc=False):
     """What the registry says of a device, as far as grants depend on it."""
 
     name: str
@@ -110,8 +107,7 @@ class DeviceFacts:
         return self.name.partition("/devices/")[0]
 
 
-@dataclass(frozen=True, slots=True)
-class ProductFacts:
+class ProductFacts(msgspec.Struct, frozen=True, gc=False):
     """What a product's policy says, as far as rollouts depend on it."""
 
     poll_ms: int = DEFAULT_POLL_MS
@@ -120,8 +116,7 @@ class ProductFacts:
     failure_action: int = rollout_pb2.Rollout.FAILURE_ACTION_PAUSE
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(msgspec.Struct, frozen=True, gc=False):
     """What the device itself said, and where its attempts stand."""
 
     running: Running = Running()
@@ -143,8 +138,7 @@ class Seen:
     """All attempts in the order of their grants."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, gc=False):
     """A device's slot in a target; permanent."""
 
     key: str
@@ -156,8 +150,7 @@ class Claim:
     """Why the device must leave this release and cannot: a reason code."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tries:
+class Tries(msgspec.Struct, frozen=True, gc=False):
     """What a device has used up of its tries, whatever cohort it asks from: a move resets nothing."""
 
     failed: int = 0
@@ -171,8 +164,7 @@ class Tries:
     code: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(msgspec.Struct, frozen=True, gc=False):
     """One try of a claim."""
 
     name: str
@@ -221,8 +213,7 @@ class Attempt:
         return bool(running.bundle) and running.bundle == self.bundle
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(msgspec.Struct, frozen=True, gc=False):
     """Counters of a plan, folded with each event; the rules on gates and caps read nothing else."""
 
     in_flight: int = 0
@@ -257,8 +248,7 @@ class Counts:
         return self.confirmed + self.bad
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, gc=False):
     """A rollout as folded. ``control`` is the after-image of its last control change; counts are apart from it."""
 
     control: rollout_pb2.Rollout
@@ -271,56 +261,54 @@ class Plan:
     summaries: tuple[Summary, ...] = ()
     recent: tuple[str, ...] = ()
     """Attempts that ended last, the newest at the end."""
-    held: Map[str, events_pb2.DeviceHeld] = field(default_factory=Map)
+    held: Map[str, events_pb2.DeviceHeld] = msgspec.field(default_factory=Map)
     """Devices that must go back and cannot."""
 
 
-@dataclass(frozen=True, slots=True)
-class BundleFacts:
+class BundleFacts(msgspec.Struct, frozen=True, gc=False):
     """A bundle with the content keys of its entries."""
 
     bundle: artifacts_pb2.Bundle
     blob_keys: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(msgspec.Struct, frozen=True, gc=False):
     """Everything one partition knows."""
 
     partition: int = 0
     stream_ms: int = 0
     append_ms: int = 0
     """LogAppendTime of the newest heartbeat folded."""
-    watermarks: Map[int, int] = field(default_factory=Map)
-    beats: Map[str, int] = field(default_factory=Map)
+    watermarks: Map[int, int] = msgspec.field(default_factory=Map)
+    beats: Map[str, int] = msgspec.field(default_factory=Map)
     """Gateways that beat, and the LogAppendTime of their last."""
-    lost: Map[str, None] = field(default_factory=Map)
-    products: Map[str, ProductFacts] = field(default_factory=Map)
-    devices: Map[str, DeviceFacts] = field(default_factory=Map)
-    seen: Map[str, Seen] = field(default_factory=Map)
-    releases: Map[str, releases_pb2.Release] = field(default_factory=Map)
-    graphs: Map[str, tuple[str, ...]] = field(default_factory=Map)
+    lost: Map[str, None] = msgspec.field(default_factory=Map)
+    products: Map[str, ProductFacts] = msgspec.field(default_factory=Map)
+    devices: Map[str, DeviceFacts] = msgspec.field(default_factory=Map)
+    seen: Map[str, Seen] = msgspec.field(default_factory=Map)
+    releases: Map[str, releases_pb2.Release] = msgspec.field(default_factory=Map)
+    graphs: Map[str, tuple[str, ...]] = msgspec.field(default_factory=Map)
     """Names of the releases of each cohort."""
-    bundles: Map[str, BundleFacts] = field(default_factory=Map)
-    overrides: Map[str, releases_pb2.BundleOverride] = field(default_factory=Map)
-    rollouts: Map[str, Plan] = field(default_factory=Map)
-    active: Map[str, None] = field(default_factory=Map)
+    bundles: Map[str, BundleFacts] = msgspec.field(default_factory=Map)
+    overrides: Map[str, releases_pb2.BundleOverride] = msgspec.field(default_factory=Map)
+    rollouts: Map[str, Plan] = msgspec.field(default_factory=Map)
+    active: Map[str, None] = msgspec.field(default_factory=Map)
     """Rollouts that started and have not ended."""
-    owners: Map[str, str] = field(default_factory=Map)
+    owners: Map[str, str] = msgspec.field(default_factory=Map)
     """Release of a stage → its rollout; kept for ever, since withdrawals and ways back ask for it."""
-    plain: Map[str, Counts] = field(default_factory=Map)
+    plain: Map[str, Counts] = msgspec.field(default_factory=Map)
     """Counters of plain releases and overrides."""
-    claims: Map[str, Claim] = field(default_factory=Map)
-    tries: Map[str, Tries] = field(default_factory=Map)
+    claims: Map[str, Claim] = msgspec.field(default_factory=Map)
+    tries: Map[str, Tries] = msgspec.field(default_factory=Map)
     """By ``tries_key``; only devices that failed or expired have an entry."""
-    attempts: Map[str, Attempt] = field(default_factory=Map)
-    live: Map[str, Map[str, None]] = field(default_factory=Map)
+    attempts: Map[str, Attempt] = msgspec.field(default_factory=Map)
+    live: Map[str, Map[str, None]] = msgspec.field(default_factory=Map)
     """Attempts in flight by plan."""
-    by_rollout: Map[str, Map[str, None]] = field(default_factory=Map)
+    by_rollout: Map[str, Map[str, None]] = msgspec.field(default_factory=Map)
     """All attempts of each rollout."""
-    watched: Map[str, None] = field(default_factory=Map)
+    watched: Map[str, None] = msgspec.field(default_factory=Map)
     """Attempts with a deadline."""
-    due: Map[int, Map[str, None]] = field(default_factory=Map)
+    due: Map[int, Map[str, None]] = msgspec.field(default_factory=Map)
     """Attempts by deadline, in buckets of stream time."""
     due_floor: int = 0
     """No bucket below this one holds anything."""

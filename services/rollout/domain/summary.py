@@ -7,14 +7,13 @@ by adding them up.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Final
 
+import msgspec
 from google.protobuf.duration_pb2 import Duration
 from groundswell.rollout.v1 import rollout_pb2
 from immutables import Map
-
-from services.rollout.domain.copying import replace
+from msgspec.structs import replace
 
 STEPS: Final = 40
 """Steps of the histogram: the square roots of two from one second to eight days; the last takes all beyond."""
@@ -27,8 +26,7 @@ OTHER: Final = "OTHER"
 MINUTE_MS: Final = 60_000
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(msgspec.Struct, frozen=True, gc=False):
     """One metric over all reports."""
 
     count: int
@@ -37,13 +35,12 @@ class Metric:
     total: float
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(msgspec.Struct, frozen=True, gc=False):
     """Beside the counters of a stage; no rule reads it."""
 
     durations: tuple[int, ...] = (0,) * STEPS
-    codes: Map[str, int] = field(default_factory=Map)
-    metrics: Map[str, Metric] = field(default_factory=Map)
+    codes: Map[str, int] = msgspec.field(default_factory=Map)
+    metrics: Map[str, Metric] = msgspec.field(default_factory=Map)
 
 
 def took(summary: Summary, duration_ms: int) -> Summary:
@@ -111,8 +108,7 @@ def _duration(ms: int) -> Duration:
     return Duration(seconds=ms // 1000, nanos=ms % 1000 * 1_000_000)
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
+class Pace(msgspec.Struct, frozen=True, gc=False):
     """How fast a stage grants: a bucket of tokens for its rate, and the count of the last minute.
 
     The bucket is kept as the moment at which it is full again: a grant moves it on by one interval, and there is a

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from groundswell.rollout.v1 import rollout_pb2
+from msgspec.structs import replace
 
 from libs.eventlog.model import Event
 from services.rollout.domain import summary
-from services.rollout.domain.copying import replace
 from services.rollout.domain.state import (
     CANCELLED,
     CONFIRMED,

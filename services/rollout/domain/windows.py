@@ -8,11 +8,11 @@ opens, so that a day of 25 hours has no gap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Final
 from zoneinfo import ZoneInfo
 
+import msgspec
 from groundswell.registry.v1 import registry_pb2
 
 DAY_MS: Final = 86_400_000
@@ -21,8 +21,7 @@ UNKNOWN_ZONE_MS: Final = 60_000
 _EVERY_DAY: Final = frozenset(range(1, 8))
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(msgspec.Struct, frozen=True, gc=False):
     """When grants are given, in local time."""
 
     time_zone: str

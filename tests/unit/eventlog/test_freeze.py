@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import immutables
+import msgspec
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue, StringValue
 
@@ -31,8 +32,7 @@ class Pair(NamedTuple):
     right: str
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(msgspec.Struct, frozen=True):
     number: int
     words: frozenset[str] = frozenset()
     colour: Colour = Colour.RED

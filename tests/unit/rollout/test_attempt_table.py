@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from groundswell.device.v1 import device_pb2
 from groundswell.rollout.v1 import events_pb2
+from msgspec.structs import replace
 
 from services.rollout.domain.attempts import may_move
 from services.rollout.domain.state import FORWARD, PLAIN_POLICY, Attempt
