@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from google.protobuf.message import DecodeError
-from groundswell.device.v1 import device_pb2
+from groundswell.device.v1 import device_pb2, reading_pb2
 
 from libs.eventlog.config import partition_of
 
@@ -56,11 +56,17 @@ class GatewayKeys(Protocol):
 class VerifiedBatch:
     """A record that is what it says, but for replays."""
 
-    batch: device_pb2.CheckInBatch
     gateway: str
     process: str
     sequence: int
     partition: int
+    organization: str = ""
+    """Of all items; empty on a heartbeat."""
+    heartbeat: bool = False
+    seen: Sequence[tuple[str, bytes]] = ()
+    """Device and serialized receipt of every item, in order; empty bytes where there is none."""
+    items: Sequence[device_pb2.CheckInItem] = ()
+    """Those that are not idle, whole, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +153,25 @@ def verify(
     if problem is not None:
         return problem
     try:
-        batch = device_pb2.CheckInBatch.FromString(value)
+        # Most items are idle and their receipts are only stored: to read all of each would be most of the work.
+        batch = reading_pb2.CheckInBatchReading.FromString(value)
+        seen = [(item.device, item.receipt) for item in batch.items]
+        items = [device_pb2.CheckInItem.FromString(item.SerializeToString()) for item in batch.items if not item.idle]
     except DecodeError:
         return Rejected("MALFORMED", "the value is not a CheckInBatch")
-    problem = _check_batch(batch, headers, partition, partitions)
+    problem = _check_batch(batch, seen, headers, partition, partitions)
     if problem is not None:
         return problem
-    return VerifiedBatch(batch, headers.gateway, headers.process, headers.sequence, partition)
+    return VerifiedBatch(
+        headers.gateway,
+        headers.process,
+        headers.sequence,
+        partition,
+        batch.organization,
+        batch.heartbeat,
+        seen,
+        items,
+    )
 
 
 def _read_headers(record_headers: Iterable[tuple[str, bytes]]) -> _Headers | Rejected:
@@ -201,13 +219,19 @@ def _check_signature(headers: _Headers, value: bytes, topic: str, partition: int
     return None
 
 
-def _check_batch(batch: device_pb2.CheckInBatch, headers: _Headers, partition: int, partitions: int) -> Rejected | None:
+def _check_batch(
+    batch: reading_pb2.CheckInBatchReading,
+    seen: Sequence[tuple[str, bytes]],
+    headers: _Headers,
+    partition: int,
+    partitions: int,
+) -> Rejected | None:
     if batch.gateway != headers.gateway:
         return Rejected("GATEWAY_MISMATCH", "the batch names another gateway than its signed header")
-    if len(batch.items) > MAX_ITEMS:
-        return Rejected("BATCH_TOO_LARGE", f"the batch has {len(batch.items)} items, {MAX_ITEMS} are allowed")
+    if len(seen) > MAX_ITEMS:
+        return Rejected("BATCH_TOO_LARGE", f"the batch has {len(seen)} items, {MAX_ITEMS} are allowed")
     if batch.heartbeat:
-        if batch.items or batch.organization:
+        if seen or batch.organization:
             return Rejected("MALFORMED", "a heartbeat holds no items and no organization")
         # The heartbeat of an organization's own gateway counts where that organization lives.
         spoken_for = headers.organization if headers.organization != PLATFORM else ""
@@ -220,6 +244,6 @@ def _check_batch(batch: device_pb2.CheckInBatch, headers: _Headers, partition: i
     if spoken_for and partition_of(spoken_for, partitions) != partition:
         return Rejected("PARTITION_MISMATCH", f"{spoken_for} does not belong to partition {partition}")
     prefix = f"organizations/{batch.organization}/"
-    if not all(item.device.startswith(prefix) for item in batch.items):
+    if any(not device.startswith(prefix) for device, _ in seen):
         return Rejected("ORGANIZATION_MISMATCH", "an item speaks of a device of another organization")
     return None

@@ -5,14 +5,9 @@ from __future__ import annotations
 from libs.eventlog import partition_of
 
 
-def receipt_key(env: str, device: str) -> str:
-    """Last receipt of a device."""
-    return f"{env}:receipt:{device}"
-
-
-def last_seen_key(env: str, device: str) -> str:
-    """When a device was last seen, milliseconds of the broker's clock."""
-    return f"{env}:last-seen:{device}"
+def seen_key(env: str, device: str) -> str:
+    """When a device was last seen, and its last receipt: see :mod:`services.rollout.seen`."""
+    return f"{env}:seen:{device}"
 
 
 def positions_key(env: str) -> str:

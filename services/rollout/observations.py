@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from groundswell.rollout.v1 import rollout_pb2
 
@@ -16,40 +15,30 @@ from libs.checkins import VerifiedBatch
 MAX_ITEMS = 500
 
 
-class SeenDevice(NamedTuple):
-    """For the read models. A tuple: one is made for each check-in there is."""
-
-    device: str
-    seen_ms: int
-    receipt: bytes
-    """Serialized receipt, empty when the item has none."""
-
-
 @dataclass(frozen=True, slots=True)
 class Observed:
     """One judged record. ``record`` is None when it holds nothing for the leader."""
 
     position: int
     record: rollout_pb2.ObservedRecord | None = None
-    devices: tuple[SeenDevice, ...] = ()
+    seen_ms: int = 0
+    seen: Sequence[tuple[str, bytes]] = ()
+    """Device and serialized receipt, empty when the item has none."""
 
 
 def observe(verified: VerifiedBatch, position: int, append_time_ms: int) -> Observed:
     """Split a verified batch."""
-    batch = verified.batch
-    items = [item for item in batch.items if not item.idle]
     record = None
-    if batch.heartbeat or items:
+    if verified.heartbeat or verified.items:
         record = rollout_pb2.ObservedRecord(
             position=position,
             append_time_ms=append_time_ms,
             gateway=verified.gateway,
-            organization=batch.organization,
-            heartbeat=batch.heartbeat,
-            items=items,
+            organization=verified.organization,
+            heartbeat=verified.heartbeat,
+            items=verified.items,
         )
-    devices = tuple([SeenDevice(item.device, append_time_ms, item.receipt.SerializeToString()) for item in batch.items])
-    return Observed(position, record, devices)
+    return Observed(position, record, append_time_ms, verified.seen)
 
 
 @dataclass(slots=True)

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 from groundswell.artifacts.v1 import artifacts_pb2, artifacts_pb2_grpc
-from groundswell.device.v1 import device_pb2
 from groundswell.releases.v1 import releases_pb2, releases_pb2_grpc
 from groundswell.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 from redis.asyncio import Redis
@@ -23,7 +22,8 @@ from services.rollout import views
 from services.rollout.domain import Control, CreateRollout, State
 from services.rollout.domain.control import check_plan
 from services.rollout.domain.stages import managed_release
-from services.rollout.keys import receipt_key
+from services.rollout.keys import seen_key
+from services.rollout.seen import read
 from services.rollout.tasks import asked
 
 WATCH_PAUSE_S: Final = 0.1
@@ -170,9 +170,12 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     ) -> rollout_pb2.ExplainDeviceResponse:
         answer = views.explanation(snapshot_state(self._runtime, request.name), request.name)
         try:
-            stored = await self._redis.get(receipt_key(self._env, request.name))
+            stored = await self._redis.get(seen_key(self._env, request.name))
         except RedisError:
             stored = None  # last-seen is best effort; the grants are in the log
-        if isinstance(stored, bytes):
-            answer.last_check_in.CopyFrom(device_pb2.Receipt.FromString(stored))
+        seen = read(stored) if isinstance(stored, bytes) else None
+        if seen is not None:
+            answer.last_seen_time.FromMilliseconds(seen.at_ms)
+            if seen.receipt is not None:
+                answer.last_check_in.CopyFrom(seen.receipt)
         return answer

@@ -411,9 +411,11 @@ def _print_explanation(state: Session, answer: rollout_pb2.ExplainDeviceResponse
         write(f"  GRANTED at position {grant.position} of the rollout log", highlight=False)
         for entry in grant.reasons:
             _print_reason(state, entry)
+    if answer.HasField("last_seen_time"):
+        write(f"\nlast seen {answer.last_seen_time.ToJsonString()}", highlight=False)
     if answer.HasField("last_check_in"):
         receipt = answer.last_check_in
-        write(f"\nlast check-in: answered [bold]{receipt.answer}[/bold]")
+        write(f"last check-in: answered [bold]{receipt.answer}[/bold]")
         for entry in receipt.steps:
             _print_reason(state, entry)
         views = ", ".join(f"{view.service}@{view.public_seq}" for view in receipt.views)

@@ -1,5 +1,7 @@
-"""One pump for each partition: judges records in order, sends them to the leader, acknowledges after it has.
+"""One pump for each partition: judges records in order, sends them to the leader, stores what they say of devices.
 
+* Three stages, each in order and on its own: while the leader answers, the next records are judged, and what it has
+  answered is stored. Bounded queues between them hold back whoever is ahead.
 * Nothing leaves a pump as an exception: what fails is repeated with back-off, for ever.
 * One call is outstanding at a time; when behind, it carries several records.
 * A record is acknowledged to Kafka only when the leader holds it in its log (or it is on the dead-letter topic). What
@@ -19,11 +21,15 @@ from groundswell.rollout.v1 import rollout_pb2
 
 from libs.checkins import GatewayKeys, Rejected, SequenceGuard, VerifiedBatch, verify
 from libs.eventlog.chores import back_off
+from libs.eventlog.ending import end
 from services.rollout.observations import Backlog, Observed, observe
 
 log = logging.getLogger(__name__)
 
 QUEUE: Final = 1000
+"""Records that wait for a stage at most."""
+STORES: Final = 4
+"""Answered calls that wait to be stored at most."""
 KEY_WAIT_S: Final = 10.0
 KEY_POLL_S: Final = 0.02
 Record = Callable[[rollout_pb2.RecordObservationsRequest], Awaitable[rollout_pb2.RecordObservationsResponse]]
@@ -66,41 +72,67 @@ class Pump:
         self.partition = partition
         self._tools = tools
         self._queue: asyncio.Queue[Delivery] = asyncio.Queue(QUEUE)
-        self._backlog = Backlog(partition)
-        self._open: list[Delivery] = []
-        self._task: asyncio.Task[None] | None = None
+        self._judged: asyncio.Queue[tuple[Delivery, Observed]] = asyncio.Queue(QUEUE)
+        self._answered: asyncio.Queue[tuple[list[Delivery], Sequence[Observed]]] = asyncio.Queue(STORES)
+        self._open = 0
+        self._stages: tuple[asyncio.Task[None], ...] = ()
         self.moved_at = time.monotonic()
         """When the leader last took something, or the pump was last found empty."""
 
     @property
     def idle(self) -> bool:
         """Nothing waits."""
-        return self._queue.empty() and not self._open
+        return not self._open
 
     async def put(self, delivery: Delivery) -> None:
         """Hand a record over; waits while too many are open."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name=f"pump-{self.partition}")
+        if not self._stages:
+            stages = (self._judge_all, self._send_all, self._store_all)
+            self._stages = tuple(
+                asyncio.create_task(stage(), name=f"pump-{self.partition}-{stage.__name__}") for stage in stages
+            )
         if self.idle:
             self.moved_at = time.monotonic()
+        self._open += 1
         await self._queue.put(delivery)
 
     async def stop(self) -> None:
         """End without acknowledging what is open: it will be delivered again."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(*self._stages)
 
-    async def _run(self) -> None:
+    async def _judge_all(self) -> None:
         while True:
-            self._open.append(await self._queue.get())
-            while not self._queue.empty() and len(self._open) < QUEUE:
-                self._open.append(self._queue.get_nowait())
-            for delivery in self._open:
-                observed = await self._for_ever(lambda delivery=delivery: self._judge(delivery))  # type: ignore[misc]
-                self._backlog.waiting.append(observed)
-            while self._backlog.waiting:
-                await self._send()
+            delivery = await self._queue.get()
+            observed = await self._for_ever(lambda delivery=delivery: self._judge(delivery))  # type: ignore[misc]
+            await self._judged.put((delivery, observed))
+            await asyncio.sleep(0)  # judging waits for nothing: the other stages must get their turn
+
+    async def _send_all(self) -> None:
+        backlog, deliveries = Backlog(self.partition), list[Delivery]()
+        while True:
+            if not deliveries:
+                self._take(backlog, deliveries, await self._judged.get())
+            while len(deliveries) < QUEUE and not self._judged.empty():
+                self._take(backlog, deliveries, self._judged.get_nowait())
+            request, count = backlog.take()
+            await self._for_ever(lambda request=request: self._tools.record(request))  # type: ignore[misc]
+            self.moved_at = time.monotonic()
+            await self._answered.put((deliveries[:count], backlog.done(count)))
+            del deliveries[:count]
+
+    @staticmethod
+    def _take(backlog: Backlog, deliveries: list[Delivery], judged: tuple[Delivery, Observed]) -> None:
+        deliveries.append(judged[0])
+        backlog.waiting.append(judged[1])
+
+    async def _store_all(self) -> None:
+        while True:
+            deliveries, records = await self._answered.get()
+            await self._tools.models.update(self.partition, records)
+            for delivery in deliveries:
+                delivery.acknowledge()
+            self._open -= len(deliveries)
+            self.moved_at = time.monotonic()
 
     async def _for_ever(self, step: Callable[[], Awaitable[Any]]) -> Any:
         attempt = 0
@@ -138,12 +170,3 @@ class Pump:
             if not (isinstance(verdict, Rejected) and verdict.wait) or time.monotonic() >= until:
                 return verdict
             await asyncio.sleep(KEY_POLL_S)
-
-    async def _send(self) -> None:
-        request, count = self._backlog.take()
-        await self._for_ever(lambda: self._tools.record(request))
-        await self._tools.models.update(self.partition, self._backlog.done(count))
-        for delivery in self._open[:count]:
-            delivery.acknowledge()
-        del self._open[:count]
-        self.moved_at = time.monotonic()

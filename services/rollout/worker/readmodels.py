@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from services.rollout.keys import last_seen_key, positions_key, receipt_key
+from services.rollout.keys import positions_key, seen_key
 from services.rollout.observations import Observed
+from services.rollout.seen import TIME_DIGITS, written_time
 
 log = logging.getLogger(__name__)
 
@@ -23,29 +24,58 @@ KEEP_S: Final = 14 * 24 * 3600
 """As long as the check-in topic keeps receipts."""
 MOST_DEVICES: Final = 2000
 """Devices of one script, which keeps Redis from everybody else while it runs."""
-_SCRIPT: Final = """
+_SCRIPT: Final = f"""
 local at = redis.call('HGET', KEYS[1], ARGV[1])
 if at and tonumber(at) >= tonumber(ARGV[2]) then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 local said = cmsgpack.unpack(ARGV[4])
-for i = 1, #said, 3 do
-  redis.call('SET', ARGV[5] .. said[i], said[i + 1], 'EX', ARGV[3])
-  if said[i + 2] ~= '' then redis.call('SET', ARGV[6] .. said[i], said[i + 2], 'EX', ARGV[3]) end
+local time = ''
+for i = 1, #said, 2 do
+  if said[i] == '' then
+    time = said[i + 1]
+  elseif said[i + 1] == '' and redis.call('STRLEN', ARGV[5] .. said[i]) > {TIME_DIGITS} then
+    redis.call('SETRANGE', ARGV[5] .. said[i], 0, time)
+    redis.call('EXPIRE', ARGV[5] .. said[i], ARGV[3])
+  else
+    redis.call('SET', ARGV[5] .. said[i], time .. said[i + 1], 'EX', ARGV[3])
+  end
 end
 return 1
 """
-"""Device, time and receipt come by turns in one MessagePack array: as arguments of the command they would cost the
-worker several times as much. Redis knows only the format's older part, where bytes are raw strings."""
-_HEAD: Final = struct.Struct(">BI").pack
+"""Device and receipt come by turns in one MessagePack array, and a nameless device brings the time of those after it:
+as arguments of the command they would cost the worker several times as much. Redis knows only the format's older part,
+where bytes are raw strings."""
+_LENGTH: Final = struct.Struct(">BI").pack
+_RAW: Final = tuple(_LENGTH(0xDB, length) for length in range(4096))
+"""Heads of raw strings by their length."""
 
 
-def packed(said: Mapping[str, tuple[str, bytes]]) -> bytes:
-    """Device, time and receipt by turns, as Redis unpacks them."""
-    parts = [_HEAD(0xDD, len(said) * 3)]
-    for device, (seen_ms, receipt) in said.items():
-        name, at = device.encode(), seen_ms.encode()
-        parts += (_HEAD(0xDB, len(name)), name, _HEAD(0xDB, len(at)), at, _HEAD(0xDB, len(receipt)), receipt)
-    return b"".join(parts)
+def _head(text: bytes) -> bytes:
+    length = len(text)
+    return _RAW[length] if length < len(_RAW) else _LENGTH(0xDB, length)
+
+
+class _Said:
+    """What records say, on its way to Redis."""
+
+    def __init__(self) -> None:
+        self.devices = 0
+        self._count = 0
+        self._parts: list[bytes] = []
+
+    def add(self, observed: Observed) -> None:
+        parts, raw, short = self._parts, _RAW, len(_RAW)
+        time = written_time(observed.seen_ms)
+        parts += (raw[0], raw[len(time)], time)
+        for device, receipt in observed.seen:
+            name = device.encode()
+            length = len(receipt)
+            parts += (_head(name), name, raw[length] if length < short else _head(receipt), receipt)
+        self.devices += len(observed.seen)
+        self._count += 2 + 2 * len(observed.seen)
+
+    def packed(self) -> bytes:
+        return _LENGTH(0xDD, self._count) + b"".join(self._parts)
 
 
 class ReadModels:
@@ -59,21 +89,18 @@ class ReadModels:
 
     async def update(self, partition: int, records: Sequence[Observed]) -> None:
         """Apply records, in order, once; a failure is counted and forgotten, the next check-in repeats it."""
-        said: dict[str, tuple[str, bytes]] = {}
+        said = _Said()
         for index, observed in enumerate(records):
-            seen_ms = str(observed.devices[0].seen_ms) if observed.devices else ""
-            for seen in observed.devices:
-                said[seen.device] = (seen_ms, seen.receipt or said.get(seen.device, ("", b""))[1])
-            if said and (len(said) >= MOST_DEVICES or index + 1 == len(records)):
-                await self._apply(partition, observed.position, said)
-                said = {}
+            if observed.seen:
+                said.add(observed)
+            if said.devices and (said.devices >= MOST_DEVICES or index + 1 == len(records)):
+                await self._apply(partition, observed.position, said.packed())
+                said = _Said()
 
-    async def _apply(self, partition: int, position: int, said: dict[str, tuple[str, bytes]]) -> None:
-        prefixes = (last_seen_key(self._env, ""), receipt_key(self._env, ""))
+    async def _apply(self, partition: int, position: int, said: bytes) -> None:
         try:
             await self._script(
-                keys=[positions_key(self._env)],
-                args=[partition, position, KEEP_S, packed(said), *prefixes],
+                keys=[positions_key(self._env)], args=[partition, position, KEEP_S, said, seen_key(self._env, "")]
             )
         except RedisError as error:
             self.failures += 1

@@ -83,7 +83,8 @@ def test_a_signed_record_is_verified() -> None:
     result = judge(batch())
     assert isinstance(result, VerifiedBatch)
     assert (result.gateway, result.process, result.sequence, result.partition) == (PLATFORM, PROCESS, 1, HOME)
-    assert result.batch == batch()
+    assert (result.organization, result.heartbeat) == ("acme", False)
+    assert list(result.items) == list(batch().items)
 
 
 def test_an_organizations_own_gateway_speaks_for_it() -> None:
@@ -209,7 +210,7 @@ def test_bytes_that_are_no_batch_are_malformed_even_when_signed() -> None:
 
 
 def verified(sequence: int, process: str = PROCESS, partition: int = 0) -> VerifiedBatch:
-    return VerifiedBatch(batch(), PLATFORM, process, sequence, partition)
+    return VerifiedBatch(PLATFORM, process, sequence, partition)
 
 
 def test_a_replayed_sequence_is_rejected_and_a_redelivered_record_is_not() -> None:
