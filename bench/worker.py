@@ -1,6 +1,6 @@
 """Check-ins through the Faust worker, against a bare `getmany` loop that decodes the same batches.
 
-    python -m bench.worker [--records 400] [--rounds 3]
+    python -m bench.worker [--records 1200] [--rounds 3]
 
 Signed records of 250 items (as many as a gateway puts into one when they have receipts; one of them not idle) are
 written while the worker is frozen. Then it is let go: it verifies, splits, has the rollout leader acknowledge, and
@@ -169,7 +169,7 @@ def main(records: int, rounds: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--records", type=int, default=400)
+    parser.add_argument("--records", type=int, default=1200)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kafka", help="not used: the benchmark brings an installation of its own")
     arguments = parser.parse_args(sys.argv[1:])

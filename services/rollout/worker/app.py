@@ -34,6 +34,7 @@ from services.rollout.worker.dead import DeadLetters
 from services.rollout.worker.keys import FollowedGatewayKeys
 from services.rollout.worker.pump import Delivery, Pump, Tools
 from services.rollout.worker.readmodels import ReadModels
+from services.rollout.worker.transport import Transport
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ FETCH_BYTES: Final = 8 * 1024 * 1024
 
 def faust_app(settings: Settings) -> faust.App:
     """The settings of section 10 of the event log's reference."""
-    return faust.App(
+    app = faust.App(
         f"{settings.env}.rollout.worker",
         broker=f"kafka://{settings.kafka}",
         store="memory://",
@@ -69,6 +70,8 @@ def faust_app(settings: Settings) -> faust.App:
         key_serializer="raw",
         logging_config=None,
     )
+    app.transport = Transport(app.conf.broker_consumer, app)
+    return app
 
 
 class Worker:
@@ -223,5 +226,4 @@ async def run(settings: Settings) -> int:
 def main() -> None:
     """Entry of `python -m services.rollout.worker`."""
     configure_logging()
-    uvloop.install()  # Faust reads in a thread of its own, with a loop of its own
-    sys.exit(asyncio.run(run(Settings())))
+    sys.exit(uvloop.run(run(Settings())))

@@ -12,6 +12,7 @@ from services.rollout.keys import seen_key
 from services.rollout.observations import Observed
 from services.rollout.seen import read
 from services.rollout.worker.readmodels import MOST_DEVICES, ReadModels
+from tests.ports import free_port
 
 
 @pytest.fixture
@@ -84,3 +85,19 @@ async def test_many_devices_go_in_several_scripts(redis: Redis, env_prefix: str)
     assert models.failures == 0
     found = await redis.mget([seen_key(env_prefix, f"d{number}") for number in range(count)])
     assert {value[13:] for value in found} == {b"r"}
+
+
+async def test_a_redis_that_is_away_is_counted_and_found_again(redis: Redis, redis_url: str, env_prefix: str) -> None:
+    away: Redis = Redis(host="127.0.0.1", port=free_port(), socket_connect_timeout=0.5)
+    models = ReadModels(away, env_prefix)
+    await models.update(1, [observed(5, ("d", b"five"))])
+    assert models.failures == 1
+    models = ReadModels(redis, env_prefix)
+    await models.update(1, [observed(5, ("d", b"five"))])
+    killer: Redis = Redis.from_url(redis_url)
+    await killer.client_kill_filter(_id=await redis.client_id())
+    await killer.aclose()
+    await models.update(1, [observed(6, ("d", b"six"))])
+    await models.update(1, [observed(7, ("d", b"seven"))])
+    assert await stored(redis, env_prefix, "d") == (1_800_000_000_130, b"seven")
+    await away.aclose()
