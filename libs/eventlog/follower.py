@@ -113,9 +113,9 @@ class PublicFollower:
         progress = self._progress[self._places[partition]]
         return Token(self.service, partition, progress.log_id, -1, progress.public_seq)
 
-    def lag_s(self, partition: int | None = None) -> float:
+    def lag_s(self, partition: int | None = None, now: float | None = None) -> float:
         """Seconds since the partition (or the worst one) was last known to be followed to its end."""
-        return self._meter.lag(None if partition is None else self._places[partition])
+        return self._meter.lag(None if partition is None else self._places[partition], now)
 
     async def caught_up(self, deadline: Deadline) -> None:
         """Wait until every partition has been followed to an end measured after now."""

@@ -60,12 +60,15 @@ class LagMeter:
             self._reached_at[source] = pursued[0]
             self._pursued[source] = None
 
-    def lag(self, source: TopicPartition | None = None) -> float:
-        """Seconds since one source (or the worst) was last known to be reached; infinite before the first time."""
+    def lag(self, source: TopicPartition | None = None, now: float | None = None) -> float:
+        """Seconds since one source (or the worst) was last known to be reached; infinite before the first time.
+
+        ``now`` is for whoever asks of many: `monotonic`, read once.
+        """
         if not self._reached_at:
             return 0.0
         oldest = min(self._reached_at.values()) if source is None else self._reached_at[source]
-        return max(0.0, monotonic() - oldest)
+        return max(0.0, (monotonic() if now is None else now) - oldest)
 
 
 class Inbox(Generic[S]):

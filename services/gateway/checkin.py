@@ -174,7 +174,7 @@ class CheckInHandler:
             answer.reasons.append(_leader_unreachable(error))
             return
         answer.reasons.extend(result.reasons)
-        self._closed.close(result.closed_plan, result.closed_for_ms, self._views.polling(view.device.name)[0])
+        self._closed.close(result.closed_plan, result.closed_for_ms, self._views.polling(view.entry.product)[0])
         if result.cancel_attempt:
             answer.kind, answer.attempt = "cancel", result.cancel_attempt
             answer.body = {"cancel": {"attempt": result.cancel_attempt}}
@@ -210,7 +210,7 @@ class CheckInHandler:
         answer.body = {answer.kind: details}
 
     def _written(self, view: DeviceView, accepted: int, reasons: bytes, kind: str, more: bytes) -> bytes:
-        interval, jitter = self._views.polling(view.entry.facts.name)
+        interval, jitter = self._views.polling(view.entry.product)
         poll_after = interval + random.random() * jitter  # noqa: S311 - spreads polls, decides nothing
         at = datetime.fromtimestamp(self._now(), UTC).isoformat()[:-6]
         head = f'{{"server_time":"{at}Z","poll_after_s":{poll_after:.3f},"reports_accepted_through":{accepted},'

@@ -25,7 +25,7 @@ from libs.eventlog.codec import EVENT_TYPE, header
 from libs.eventlog.deadline import monotonic
 from libs.eventlog.follower import PublicFollower
 from libs.eventlog.ports import EventLog, Record
-from libs.names import organization_of
+from libs.names import organization_of, product_of
 from libs.resolution import DeviceFacts
 from libs.resolution.convert import device_facts
 from libs.rpc.identity import LOG_POSITION
@@ -48,6 +48,7 @@ class DeviceEntry:
 
     device: registry_pb2.Device
     facts: DeviceFacts
+    product: str
     said: bytes
     """Beginning of its items in the check-in topic."""
 
@@ -55,7 +56,7 @@ class DeviceEntry:
     def of(cls, device: registry_pb2.Device) -> DeviceEntry:
         """Prepare a device."""
         item = device_pb2.CheckInItem(device=device.name, device_uid=device.uid)
-        return cls(device, device_facts(device), item.SerializeToString())
+        return cls(device, device_facts(device), product_of(device.name), item.SerializeToString())
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class CertificateEntry:
     """A certificate, read once."""
 
     certificate: pki_pb2.DeviceCertificate
+    product: str
     device: str
     state: int
     not_before: int
@@ -75,6 +77,7 @@ class CertificateEntry:
         item = device_pb2.CheckInItem(certificate_fingerprint=certificate.fingerprint)
         return cls(
             certificate,
+            product_of(certificate.device),
             certificate.device,
             certificate.state,
             certificate.not_before.seconds,

@@ -135,8 +135,8 @@ class DeviceApi:
         if device is not None and device.facts.retired:
             # Its certificates are revoked with it: what happened to the device is the better answer.
             raise refuse_identity("DEVICE_RETIRED", "this device was decommissioned")
-        policy = self._views.policy(certificate.device).certificate_policy
-        state = self._views.ca_state(certificate.certificate)
+        policy = self._views.policy(certificate.product).certificate_policy
+        state = self._views.ca_state(peer.organization, certificate.certificate.ca_certificate)
         judge(certificate.certificate, state, policy, self._now(), renewing=renewing)
         if device is None:
             raise UnavailableError("ADMISSION_PENDING", "the device is being created: try again", retry_after_s=1)

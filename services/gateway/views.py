@@ -27,9 +27,10 @@ from groundswell.rollout.v1 import events_pb2 as rollout_events
 from groundswell.rollout.v1 import rollout_pb2
 
 from libs.eventlog import Foreign, partition_of
+from libs.eventlog.deadline import monotonic
 from libs.eventlog.follower import ParkedRecord, PublicFollower
 from libs.eventlog.ports import EventLog
-from libs.names import organization_of, product_of
+from libs.names import organization_of
 from libs.resolution import BundleFacts, CohortGraph, DeviceFacts, OverrideFacts, PlanFacts, Resolution, resolve
 from libs.resolution.convert import (
     bundle_facts,
@@ -82,6 +83,8 @@ _SHARED_MS: Final = 1000
 """For so long at most: a decision names the time that is left until a schedule."""
 _SHARED_TEXT: Final = 1024
 _DEFAULT_POLL_S: Final = 60.0
+_DEFAULT_POLLING: Final = (_DEFAULT_POLL_S, _DEFAULT_POLL_S / 10)
+_NO_CAS: Final[dict[str, pki_pb2.CaCertificate]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +316,8 @@ class GatewayViews:
 
     def stale_services(self, partition: int, limit_s: float) -> Sequence[str]:
         """Services whose view of the partition is over ``limit_s`` behind."""
-        return [name for name, follower in self.followers.items() if follower.lag_s(partition) > limit_s]
+        now = monotonic()
+        return [name for name, follower in self.followers.items() if follower.lag_s(partition, now) > limit_s]
 
     def positions(self, organization: str) -> list[device_pb2.ViewPosition]:
         """Where each view stands."""
@@ -335,9 +339,9 @@ class GatewayViews:
             self._positions[partition] = found
         return found[1]
 
-    def ca_state(self, certificate: pki_pb2.DeviceCertificate) -> pki_pb2.CaCertificate.State.ValueType:
-        """State of the customer's CA that signed it; unspecified for one of our own."""
-        ca = self._cas.get(organization_of(certificate.name), {}).get(certificate.ca_certificate)
+    def ca_state(self, organization: str, name: str) -> pki_pb2.CaCertificate.State.ValueType:
+        """State of a customer's CA; unspecified for one of our own."""
+        ca = self._cas.get(organization, _NO_CAS).get(name)
         return pki_pb2.CaCertificate.STATE_UNSPECIFIED if ca is None else ca.state
 
     def issuing_cas(self, organization: str) -> tuple[bytes, ...]:
@@ -348,13 +352,13 @@ class GatewayViews:
         """Whether the last record of a resource is not understood here."""
         return name in self._parked
 
-    def policy(self, device: str) -> registry_pb2.ConfigurationPolicy:
-        """Configuration policy of the device's product."""
-        return self._policies.get(product_of(device), self._no_policy)
+    def policy(self, product: str) -> registry_pb2.ConfigurationPolicy:
+        """Configuration policy of a product."""
+        return self._policies.get(product, self._no_policy)
 
-    def polling(self, device: str) -> tuple[float, float]:
-        """Poll interval and jitter of the device's product, in seconds."""
-        return self._polls.get(product_of(device), (_DEFAULT_POLL_S, _DEFAULT_POLL_S / 10))
+    def polling(self, product: str) -> tuple[float, float]:
+        """Poll interval and jitter of a product, in seconds."""
+        return self._polls.get(product, _DEFAULT_POLLING)
 
     def decide(self, view: DeviceView, partition: int, said: Running, now_ms: int) -> Decided:
         """Candidates for what the device says it runs, and the steps that led to them.
