@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from libs.blobs.s3 import S3BlobStore
 from libs.blobs.snapshots import BlobSnapshotStore
 from libs.eventlog import Domain, Runtime, RuntimeConfig, TaskHandler
+from libs.eventlog.collector import tune_collector
 from libs.eventlog.ports import EventLog, SnapshotStore
 from libs.eventlog.runtime import Forwarder
 from libs.rpc.access import KeyDirectory
@@ -262,6 +263,7 @@ async def _serve(name: str, build: Callable[[Settings], Awaitable[App]]) -> int:
     except Exception:
         log.exception("%s cannot start", name)
         return 1
+    tune_collector()
     status = 0
     while not stopping.is_set():
         try:

@@ -27,6 +27,7 @@ from redis.asyncio import Redis
 
 from libs.checkins import SequenceGuard
 from libs.checkins.producer import checkin_topic
+from libs.eventlog.collector import tune_collector
 from libs.eventlog.kafka import KafkaLog, close, stopped
 from libs.rpc import channel, configure_logging
 from libs.settings import Settings
@@ -208,6 +209,7 @@ async def run(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     worker = Worker(settings)
     await worker.start()
+    tune_collector()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     status = 0
