@@ -1,6 +1,6 @@
 """Whole update cycles of devices: check-in, grant, three reports, go, confirmation; and downloads through the redirect.
 
-    python -m bench.cycles [--devices 300] [--rounds 3] [--megabytes 16]
+    python -m bench.cycles [--devices 1000] [--rounds 3] [--megabytes 16]
 
 Cycles: all devices of an open stage begin at once, each over its own kept connection, and say the next thing as soon as
 the last was answered and taken by the log. The rate is devices by the time until the last has said CONFIRMED, with
@@ -226,7 +226,7 @@ def main(devices: int, rounds: int, megabytes: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--devices", type=int, default=300)
+    parser.add_argument("--devices", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--megabytes", type=int, default=16)
     parser.add_argument("--kafka", help="not used: the benchmark brings an installation of its own")
