@@ -194,8 +194,13 @@ class RpcServer:
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
     def live(self) -> bool:
-        """Whether the runtime's own tasks, and the parts that can tell, are alive."""
-        return self._runtime.health().live and all(part.live for part in self._parts if isinstance(part, _MayDie))
+        """Whether the runtime's own tasks, and the parts that can tell, are alive; the log says which are not."""
+        health = self._runtime.health()
+        ended = [type(part).__name__ for part in self._parts if isinstance(part, _MayDie) and not part.live]
+        if health.live and not ended:
+            return True
+        log.error("not live: %s", "; ".join([*health.problems, *(f"{name} has ended" for name in ended)]))
+        return False
 
     async def stop(self) -> None:
         """Stop intake, hand over, finish what runs."""

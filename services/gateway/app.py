@@ -221,8 +221,12 @@ class Gateway:
 
     def live(self) -> bool:
         """False when a follower or the heartbeats have ended."""
-        beating = self._heartbeats is not None and not self._heartbeats.done()
-        return beating and all(follower.live for follower in self._views.followers.values())
+        ended = [f"the view of {name}" for name, follower in self._views.followers.items() if not follower.live]
+        if self._heartbeats is None or self._heartbeats.done():
+            ended.append("the heartbeats")
+        if ended:
+            log.error("not live: %s ended", ", ".join(ended))
+        return not ended
 
     async def stop(self) -> None:
         """Stop intake, answer what was asked, publish what is open, leave."""
