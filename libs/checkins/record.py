@@ -155,7 +155,7 @@ def verify(
     try:
         # Most items are idle and their receipts are only stored: to read all of each would be most of the work.
         batch = reading_pb2.CheckInBatchReading.FromString(value)
-        seen = [(item.device, item.receipt) for item in batch.items]
+        seen = [(item.device, b"".join(item.receipt)) for item in batch.items]
         items = [device_pb2.CheckInItem.FromString(item.SerializeToString()) for item in batch.items if not item.idle]
     except DecodeError:
         return Rejected("MALFORMED", "the value is not a CheckInBatch")

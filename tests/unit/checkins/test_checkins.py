@@ -87,6 +87,30 @@ def test_a_signed_record_is_verified() -> None:
     assert list(result.items) == list(batch().items)
 
 
+def test_an_item_may_be_written_in_parts() -> None:
+    """Protobuf reads messages one after the other as one; the gateway puts items together that way."""
+    device = "organizations/acme/products/p/devices/d"
+    views = [device_pb2.ViewPosition(service="registry", public_seq=5)]
+    parts = (
+        device_pb2.CheckInItem(
+            device=device, counter=1, receipt=device_pb2.Receipt(steps=[device_pb2.Reason(code="A")])
+        ),
+        device_pb2.CheckInItem(receipt=device_pb2.Receipt(views=views), idle=True),
+        device_pb2.CheckInItem(receipt=device_pb2.Receipt(answer="none")),
+    )
+    item = b"".join(part.SerializeToString() for part in parts)
+    head = device_pb2.CheckInBatch(gateway=PLATFORM, organization="acme").SerializeToString()
+    value = head + b"\x1a" + bytes((len(item),)) + item
+    result = verify(signer().headers(HOME, value), value, TOPIC, HOME, ALL, partitions=PARTITIONS)
+    assert isinstance(result, VerifiedBatch)
+    ((name, receipt),) = result.seen
+    assert name == device
+    assert device_pb2.Receipt.FromString(receipt) == device_pb2.Receipt(
+        steps=[device_pb2.Reason(code="A")], views=views, answer="none"
+    )
+    assert not result.items, "idle, whatever part says so"
+
+
 def test_an_organizations_own_gateway_speaks_for_it() -> None:
     assert isinstance(judge(batch(OWN), gateway=OWN), VerifiedBatch)
 
