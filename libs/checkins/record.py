@@ -155,8 +155,13 @@ def verify(
     try:
         # Most items are idle and their receipts are only stored: to read all of each would be most of the work.
         batch = reading_pb2.CheckInBatchReading.FromString(value)
-        seen = [(item.device, b"".join(item.receipt)) for item in batch.items]
-        items = [device_pb2.CheckInItem.FromString(item.SerializeToString()) for item in batch.items if not item.idle]
+        seen: list[tuple[str, bytes]] = []
+        items: list[device_pb2.CheckInItem] = []
+        for item in batch.items:
+            receipt = item.receipt
+            seen.append((item.device, receipt[0] if len(receipt) == 1 else b"".join(receipt)))
+            if not item.idle:
+                items.append(device_pb2.CheckInItem.FromString(item.SerializeToString()))
     except DecodeError:
         return Rejected("MALFORMED", "the value is not a CheckInBatch")
     problem = _check_batch(batch, seen, headers, partition, partitions)

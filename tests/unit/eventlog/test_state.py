@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import uuid
+
 import pytest
 from google.protobuf.wrappers_pb2 import BoolValue, Int64Value, StringValue
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
@@ -22,7 +25,7 @@ from libs.eventlog.state import (
     Schema,
     recall,
 )
-from libs.eventlog.working import InternalError, Origin, Working, Writer
+from libs.eventlog.working import InternalError, Origin, Working, Writer, uuid_of
 from tests.contract.eventlog.support import HOME, PARTITIONS, KeyValue, State
 
 ORIGIN = Origin("acme", "someone")
@@ -338,3 +341,10 @@ def test_a_decision_that_has_folded_is_taken_as_it_is() -> None:
     assert [(it.before, it.after) for it in working.foreseen] == [(State(), states[0]), (states[0], states[1])]
     with pytest.raises(InternalError, match="1 states for 2 events"):
         working.take(decision.replace(folded=states[:1]), ORIGIN)
+
+
+def test_uuids_are_those_of_the_library() -> None:
+    rng = random.Random(1)
+    for _ in range(500):
+        digest = rng.randbytes(32)
+        assert uuid_of(digest) == str(uuid.UUID(bytes=digest[:16], version=4))
