@@ -30,6 +30,9 @@ CERTIFICATES: Final = "application/pkcs7-mime; smime-type=certs-only"
 REQUEST: Final = "application/pkcs10"
 _SPACE: Final = re.compile(rb"\s+")
 
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Route = tuple[str, str, Handler]
+"""Method, path and handler."""
 Issue = Callable[[pki_pb2.IssueCertificateRequest], Awaitable[pki_pb2.IssueCertificateResponse]]
 
 
@@ -56,12 +59,17 @@ class EstApi:
         self._issue = issue
         self._body_of = body_of
 
-    def add_to(self, app: web.Application) -> None:
-        """Register the routes."""
-        for prefix in (PREFIX, f"{PREFIX}/{{label}}"):
-            app.router.add_get(f"{prefix}/cacerts", self.ca_certificates)
-            app.router.add_post(f"{prefix}/simpleenroll", self.enroll)
-            app.router.add_post(f"{prefix}/simplereenroll", self.reenroll)
+    def routes(self) -> list[Route]:
+        """Each call, with and without a label."""
+        return [
+            (method, f"{prefix}/{name}", handler)
+            for prefix in (PREFIX, f"{PREFIX}/{{label}}")
+            for method, name, handler in (
+                ("GET", "cacerts", self.ca_certificates),
+                ("POST", "simpleenroll", self.enroll),
+                ("POST", "simplereenroll", self.reenroll),
+            )
+        ]
 
     async def ca_certificates(self, request: web.Request) -> web.Response:
         """GET cacerts: what this server signs with, the replaced ones too. Public facts: the handshake is enough."""

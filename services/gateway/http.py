@@ -12,7 +12,7 @@ import json
 import logging
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import grpc
@@ -25,7 +25,7 @@ from libs.seal import unseal
 from services.gateway import body as bodies
 from services.gateway.checkin import FRESHNESS_S, CheckInHandler
 from services.gateway.directory import CertificateEntry, DeviceDirectory, DeviceEntry
-from services.gateway.est import EstApi, Issue
+from services.gateway.est import EstApi, Handler, Issue, Route
 from services.gateway.identity import Peer, judge, organization_of_socket, peer_of, refuse_identity
 from services.gateway.views import DeviceView, GatewayViews
 
@@ -82,11 +82,13 @@ class DeviceApi:
 
     def application(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application(client_max_size=bodies.MAX_BODY, middlewares=[_errors])
-        app.router.add_post("/v1/checkin", self.check_in)
-        app.router.add_get("/v1/downloads/{grant}/{digest}", self.download)
-        self._est.add_to(app)
-        return app
+        return application_of(
+            [
+                ("POST", "/v1/checkin", self.check_in),
+                ("GET", "/v1/downloads/{grant}/{digest}", self.download),
+                *self._est.routes(),
+            ]
+        )
 
     async def check_in(self, request: web.Request) -> web.Response:
         """POST /v1/checkin."""
@@ -195,30 +197,46 @@ def _error(status: int, reason: str, message: str, retry_after_s: float | None =
     return web.Response(status=status, text=json.dumps(payload), content_type="application/json", headers=headers)
 
 
-@web.middleware
-async def _errors(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
-    """The one place where an error becomes a status."""
-    try:
-        return await handler(request)
-    except UnavailableError as error:
-        return _error(503, error.reason, error.message, error.retry_after_s)
-    except GroundswellError as error:
-        status = _STATUS.get(error.status, 500)
-        wait_s = float(error.metadata.get("retry_after_s", 5)) if status == 429 else None
-        return _error(status, error.reason, error.message, wait_s)
-    except web.HTTPRequestEntityTooLarge:
-        return _error(413, "BODY_TOO_LARGE", f"a body holds at most {bodies.MAX_BODY} bytes")
-    except web.HTTPRequestTimeout:
-        answer = _error(408, "BODY_TIMEOUT", f"the body was not here within {BODY_S:g} s")
-        answer.force_close()
-        return answer
-    except web.HTTPException as error:
-        reason = {404: "NO_SUCH_ROUTE", 405: "METHOD_NOT_ALLOWED"}.get(error.status, "HTTP_ERROR")
-        return _error(error.status, reason, error.reason)
-    except (ConnectionError, asyncio.CancelledError):
-        raise
-    except Exception:
-        log.exception("unexpected error in %s %s", request.method, request.path)
-        return _error(503, "INTERNAL", "unexpected error, logged: try later", 5)
+async def _no_route(request: web.Request) -> web.StreamResponse:
+    """What no other route takes: another method of a path that there is, or a path that there is not."""
+    resources = request.app.router.resources()
+    allowed = [method for one in list(resources)[:-1] for method in (await one.resolve(request))[1]]
+    raise web.HTTPMethodNotAllowed(request.method, allowed) if allowed else web.HTTPNotFound
+
+
+def application_of(routes: Sequence[Route]) -> web.Application:
+    """The aiohttp application of these routes; whatever fails on any path is answered as one error document."""
+    app = web.Application(client_max_size=bodies.MAX_BODY)
+    for method, path, handler in (*routes, ("*", "/{path:.*}", _no_route)):
+        app.router.add_route(method, path, answered(handler))
+    return app
+
+
+def answered(handler: Handler) -> Handler:
+    """The one place where an error becomes a status. Around each handler: a middleware would cost every check-in."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except UnavailableError as error:
+            return _error(503, error.reason, error.message, error.retry_after_s)
+        except GroundswellError as error:
+            status = _STATUS.get(error.status, 500)
+            wait_s = float(error.metadata.get("retry_after_s", 5)) if status == 429 else None
+            return _error(status, error.reason, error.message, wait_s)
+        except web.HTTPRequestEntityTooLarge:
+            return _error(413, "BODY_TOO_LARGE", f"a body holds at most {bodies.MAX_BODY} bytes")
+        except web.HTTPRequestTimeout:
+            late = _error(408, "BODY_TIMEOUT", f"the body was not here within {BODY_S:g} s")
+            late.force_close()
+            return late
+        except web.HTTPException as error:
+            reason = {404: "NO_SUCH_ROUTE", 405: "METHOD_NOT_ALLOWED"}.get(error.status, "HTTP_ERROR")
+            return _error(error.status, reason, error.reason)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except Exception:
+            log.exception("unexpected error in %s %s", request.method, request.path)
+            return _error(503, "INTERNAL", "unexpected error, logged: try later", 5)
+
+    return answer

@@ -6,6 +6,7 @@ must never change; another rendering gets another number. A record of a type tha
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ MAX_BODY: Final = 64 * 1024
 SOURCES: Final = ("registry", "pki", "artifacts", "releases", "rollout", "webhooks")
 SECRET_FIELDS: Final = frozenset({"secretSha256", "previousSecretSha256"})
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 _EVENTS: Final = (
     registry_events,
     pki_events,
@@ -130,7 +132,13 @@ def _bounded(document: dict[str, Any], event: WebhookEvent) -> bytes:
 
 def timestamp(at_ms: int) -> str:
     """RFC 3339 in UTC with milliseconds. By addition: floating point would round some of them."""
-    return (_EPOCH + timedelta(milliseconds=at_ms)).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    seconds, milliseconds = divmod(at_ms, 1000)
+    return f"{_second(seconds)}.{milliseconds:03d}Z"
+
+
+@functools.lru_cache(maxsize=1024)
+def _second(at_s: int) -> str:
+    return (_EPOCH + timedelta(seconds=at_s)).isoformat(timespec="seconds").removesuffix("+00:00")
 
 
 def _data(payload: Message) -> Any:
@@ -149,4 +157,4 @@ def _without_secrets(value: Any) -> Any:
 
 def encode(document: dict[str, Any]) -> bytes:
     """Compact JSON, sorted keys."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return _ENCODER.encode(document).encode()

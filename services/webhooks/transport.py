@@ -13,7 +13,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import aiohttp
@@ -140,7 +140,7 @@ class HttpsTransport:
                 if not response.content.at_eof():
                     response.close()
                 allowed = response.headers.get("webhook-allowed-origin", "")[:300]
-                return replace(self._judge(response), body=said, allowed_origin=allowed)
+                return self._judge(response, said, allowed)
         except TimeoutError:
             return Outcome(error=f"TIMEOUT: no answer within {TOTAL_S:.0f} s", throttled=True)
         except ssl.SSLError as error:
@@ -148,13 +148,20 @@ class HttpsTransport:
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return _connection_failure(error)
 
-    def _judge(self, response: aiohttp.ClientResponse) -> Outcome:
+    def _judge(self, response: aiohttp.ClientResponse, said: bytes, allowed_origin: str) -> Outcome:
         status = response.status
         if 200 <= status < 300:
-            return Outcome(status)
+            return Outcome(status, body=said, allowed_origin=allowed_origin)
         retry_after = parse_retry_after(response.headers.get("retry-after", ""), self._now_ms())
         code = "REDIRECT_NOT_FOLLOWED" if 300 <= status < 400 else "RESPONSE_STATUS"
-        return Outcome(status, f"{code}: answered {status}", retry_after, status in _THROTTLING)
+        return Outcome(
+            status,
+            f"{code}: answered {status}",
+            retry_after,
+            status in _THROTTLING,
+            body=said,
+            allowed_origin=allowed_origin,
+        )
 
     def _session(self, factory: Callable[[Any], socket.socket] | None) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(

@@ -19,7 +19,7 @@ from groundswell.registry.v1 import registry_pb2
 from libs.errors import PermissionDeniedError
 from services.gateway.directory import CertificateEntry, DeviceEntry
 from services.gateway.est import EstApi
-from services.gateway.http import _body, _errors
+from services.gateway.http import _body, application_of
 from services.gateway.views import DeviceView
 from tests.unit.pki.factory import Ca, csr, der
 
@@ -52,8 +52,7 @@ class Door:
     async def open(self) -> AsyncIterator[TestClient[Any, Any]]:
         self.answer = der(self.ca.leaf("SN-1"))
         views: Any = SimpleNamespace(issuing_cas=lambda _: self.anchors)
-        app = web.Application(middlewares=[_errors], client_max_size=16 * 1024)
-        EstApi(views, self.identify, lambda _: "acme", self.issue, _body).add_to(app)
+        app = application_of(EstApi(views, self.identify, lambda _: "acme", self.issue, _body).routes())
         async with TestClient(TestServer(app, host="127.0.0.1")) as client:
             yield client
 
