@@ -209,6 +209,8 @@ def application_of(routes: Sequence[Route]) -> web.Application:
     app = web.Application(client_max_size=bodies.MAX_BODY)
     for method, path, handler in (*routes, ("*", "/{path:.*}", _no_route)):
         app.router.add_route(method, path, answered(handler))
+        if method == "GET":
+            app.router.add_route("HEAD", path, answered(handler))
     return app
 
 

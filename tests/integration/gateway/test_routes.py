@@ -16,6 +16,7 @@ async def test_other_methods_and_paths_are_refused_with_a_reason() -> None:
     async with TestClient(TestServer(app, host="127.0.0.1")) as client:
         assert (await client.post("/v1/checkin")).status == 200
         assert (await client.get("/v1/downloads/a/b")).status == 200
+        assert (await client.head("/v1/downloads/a/b")).status == 200, "what can be got can be asked about"
         for method, path, status, reason in (
             ("GET", "/v1/checkin", 405, "METHOD_NOT_ALLOWED"),
             ("DELETE", "/v1/downloads/a/b", 405, "METHOD_NOT_ALLOWED"),
