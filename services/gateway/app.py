@@ -7,7 +7,7 @@ import logging
 import ssl
 import time
 import uuid
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -30,6 +30,7 @@ from libs.seal import accepted_keys
 from libs.settings import Settings
 from services.gateway.checkin import CheckInHandler
 from services.gateway.claims import ClosedPlans, OfferClaims
+from services.gateway.connection import IDLE_S, STOP_S, Listener
 from services.gateway.directory import DeviceDirectory
 from services.gateway.http import DeviceApi
 from services.gateway.identity import DeviceTls, HandshakeFailures
@@ -48,13 +49,6 @@ HANDSHAKE_S: Final = 10.0
 """A TLS handshake that takes longer is given up."""
 REDIS_S: Final = 0.5
 """Longest wait for Redis: the owners can be asked too."""
-
-
-class _Cut(asyncio.Protocol):
-    """Ends its connection at once."""
-
-    def connection_made(self, transport: Any) -> None:  # uvloop's are of no class of asyncio's
-        transport.abort()
 
 
 class Gateway:
@@ -99,12 +93,13 @@ class Gateway:
         self._renewals: asyncio.Task[None] | None = None
         self._runners: list[web.AppRunner] = []
         self._server: asyncio.Server | None = None
-        self._cut = 0
+        self._listener: Listener | None = None
         self._listening = False
 
     async def start(self) -> None:
         """Health first, then views, enrolment, publisher, and last the device listener."""
-        await self._listen(self._health_app(), self._settings.gateway_health, tls=False)
+        health, address = await self._runner(self._health_app()), self._settings.gateway_health.rpartition(":")
+        await web.TCPSite(health, address[0], int(address[2])).start()
         for follower in self._views.followers.values():
             await follower.start()
         signing_key = self._signing_key()
@@ -120,7 +115,7 @@ class Gateway:
         publisher = CheckInPublisher(self._producer, lambda: signer, self._name, self._settings.partitions)
         self._publisher = publisher
         self._heartbeats = asyncio.create_task(publisher.heartbeats(), name="heartbeats")
-        await self._listen(self._api(publisher).application(), self._settings.gateway_listen, tls=True)
+        await self._listen(self._api(publisher))
         self._renewals = asyncio.create_task(self._renew_certificate(), name="certificate")
         self._listening = True
         log.info("listening: %s as %s", self._settings.gateway_listen, self._name)
@@ -169,18 +164,22 @@ class Gateway:
         )
         await retry_unavailable(lambda: registry.EnrolGateway(request), attempts=8)
 
-    async def _listen(self, app: web.Application, address: str, *, tls: bool) -> None:
-        host, _, port = address.rpartition(":")
+    async def _runner(self, app: web.Application) -> web.AppRunner:
         # An idle connection is kept for longer than a usual poll interval; a head that takes longer is given up too.
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=3.0, keepalive_timeout=75.0)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_S, keepalive_timeout=IDLE_S)
         await runner.setup()
         self._runners.append(runner)
-        if not tls:
-            await web.TCPSite(runner, host, int(port)).start()
-            return
+        return runner
+
+    async def _listen(self, api: DeviceApi) -> None:
+        server = (await self._runner(api.application())).server
+        if server is None:
+            raise RuntimeError("aiohttp made no server")
+        self._listener = Listener(api, server, self._settings.gateway_connections)
+        host, _, port = self._settings.gateway_listen.rpartition(":")
         # Several gateways may share the port: the kernel deals connections out among them.
         self._server = await asyncio.get_running_loop().create_server(
-            self._accept,
+            self._listener,
             host,
             int(port),
             ssl=self._tls.context,
@@ -188,16 +187,6 @@ class Gateway:
             reuse_port=True,
             ssl_handshake_timeout=HANDSHAKE_S,
         )
-
-    def _accept(self) -> asyncio.Protocol:
-        """A connection's protocol. One too many is cut: a device comes back, by then perhaps to another gateway."""
-        server = self._runners[-1].server
-        if server is None:
-            return _Cut()
-        if len(server.connections) >= self._settings.gateway_connections:
-            self._cut += 1
-            return _Cut()
-        return server()
 
     def _health_app(self) -> web.Application:
         async def health(_: web.Request) -> web.Response:
@@ -208,7 +197,7 @@ class Gateway:
                 "lag_s": {name: (lag if lag < 1e9 else None) for name, lag in lags.items()},
                 "views": self._views.summary(),
                 "devices": self._directory.summary(),
-                "connections_cut": self._cut,
+                "connections_cut": self._listener.cut if self._listener is not None else 0,
                 "handshake_failures": {str(code): count for code, count in self._failures.counts.items()},
                 "unacknowledged_records": self._publisher.failures if self._publisher is not None else 0,
                 "dropped_items": self._publisher.dropped if self._publisher is not None else 0,
@@ -232,6 +221,8 @@ class Gateway:
         """Stop intake, answer what was asked, publish what is open, leave."""
         if self._server is not None:
             self._server.close()
+        if self._listener is not None:
+            await self._listener.stop()
         for runner in reversed(self._runners):
             await runner.cleanup()
         for running in (self._heartbeats, self._renewals):

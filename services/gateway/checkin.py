@@ -20,7 +20,7 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -32,13 +32,11 @@ from groundswell.rollout.v1 import rollout_pb2
 
 from services.gateway.body import CheckInBody, reasons_json, reports, running_state
 from services.gateway.claims import ClosedPlans, OfferClaims
-from services.gateway.publisher import CheckInPublisher
+from services.gateway.publisher import Batch, CheckInPublisher
 from services.gateway.views import Decided, DeviceView, GatewayViews
+from services.gateway.wire import IDLE, agent_said
 
 log = logging.getLogger(__name__)
-
-FRESHNESS_S: Final = 2.0
-"""A view that is further behind gives no offers (protocols.md section 3)."""
 
 Authorize = Callable[[rollout_pb2.AuthorizeSwitchRequest], Awaitable[rollout_pb2.AuthorizeSwitchResponse]]
 
@@ -79,39 +77,55 @@ class CheckInHandler:
         self._authorize = authorize
         self._publisher = publisher
         self._now = now
+        self._second = (0, "")
+        """The last second in which something was answered, as it is written."""
 
-    async def handle(self, view: DeviceView, partition: int, raw: bytes, body: CheckInBody) -> bytes:
-        """The JSON answer for a device whose identity is settled."""
+    def handle(
+        self, view: DeviceView, partition: int, raw: bytes, body: CheckInBody
+    ) -> bytes | Coroutine[Any, Any, bytes]:
+        """The JSON answer for a device whose identity is settled: at once, when there is nothing to wait for."""
         now_ms = int(self._now() * 1000)
         blocked = self._blocked(partition)
         going = body.attempt is not None and body.attempt.ask == "go"
         decided = None if blocked or going else self._views.decide(view, partition, body.running, now_ms)
         item = self._said(view, partition, raw, body, decided)
-        if decided is not None and (body.attempt is not None or not decided.candidates):
-            kind, reasons, more = "none", decided.reasons, b""
-            item += _receipt(now_ms)
-        else:
+        if decided is None or (body.attempt is None and decided.candidates):
             answer = _Answer(reasons=blocked)
-            if going and not blocked:
-                await self._ask_go(view, item, answer)
-            elif decided is not None:
-                await self._claim_or_wait(view, decided, body, item, answer)
-            receipt = device_pb2.Receipt(
-                steps=answer.reasons, answer=answer.kind, attempt=answer.attempt, decided_at_ms=now_ms
-            )
-            item += device_pb2.CheckInItem(receipt=receipt).SerializeToString()
-            kind = answer.kind
-            reasons = reasons_json(answer.reasons) if answer.reasons or decided is None else decided.reasons
-            more = _members(answer.body)
-        accepted = 0
+            return self._asked(view, decided, body, item, answer, now_ms)
+        batch = self._publisher.enqueue(view.organization, item + _receipt(now_ms))
+        if body.reports and batch is not None:
+            return self._confirmed(view, batch, body, decided.reasons)
+        return self._written(view, 0, decided.reasons, "none", b"")
+
+    async def _asked(
+        self, view: DeviceView, decided: Decided | None, body: CheckInBody, item: bytes, answer: _Answer, now_ms: int
+    ) -> bytes:
+        """The answer of the leader, or why it is not asked."""
+        if decided is not None:
+            await self._claim_or_wait(view, decided, body, item, answer)
+        elif not answer.reasons:
+            await self._ask_go(view, item, answer)
+        receipt = device_pb2.Receipt(
+            steps=answer.reasons, answer=answer.kind, attempt=answer.attempt, decided_at_ms=now_ms
+        )
+        item += device_pb2.CheckInItem(receipt=receipt).SerializeToString()
+        reasons = reasons_json(answer.reasons) if answer.reasons or decided is None else decided.reasons
         batch = self._publisher.enqueue(view.organization, item)
-        if body.reports and batch is not None and await self._publisher.confirm(batch):
-            accepted = body.reports[-1].counter
+        more = _members(answer.body)
+        if body.reports and batch is not None:
+            return await self._confirmed(view, batch, body, reasons, answer.kind, more)
+        return self._written(view, 0, reasons, answer.kind, more)
+
+    async def _confirmed(
+        self, view: DeviceView, batch: Batch, body: CheckInBody, reasons: bytes, kind: str = "none", more: bytes = b""
+    ) -> bytes:
+        """Reports are accepted when Kafka has them."""
+        accepted = body.reports[-1].counter if await self._publisher.confirm(batch) else 0
         return self._written(view, accepted, reasons, kind, more)
 
     def _blocked(self, partition: int) -> list[device_pb2.Reason]:
         """Why nothing may be decided now; empty when all is well."""
-        stale = self._views.stale_services(partition, FRESHNESS_S)
+        stale = self._views.stale_services(partition)
         if stale:
             text = f"this gateway's view of {', '.join(stale)} is behind: no decision, try later"
             return [reason("GATEWAY_STALE", text)]
@@ -120,12 +134,17 @@ class CheckInHandler:
     def _said(self, view: DeviceView, partition: int, raw: bytes, body: CheckInBody, decided: Decided | None) -> bytes:
         """The item as far as it is known before the answer is."""
         agent = body.agent
-        item = device_pb2.CheckInItem(
-            instance=agent.instance,
-            boot_id=agent.boot_id,
-            counter=agent.counter,
-            body_sha256=hashlib.sha256(raw).digest(),
+        head = (
+            view.entry.said,
+            view.certificate.said,
+            decided.said if decided is not None else b"",
+            self._views.said_positions(view.organization, partition),
+            agent_said(agent.instance, agent.boot_id, agent.counter, hashlib.sha256(raw).digest()),
         )
+        plain = decided is not None and body.attempt is None and not body.reports
+        if plain and not body.attributes and not body.metrics:
+            return b"".join((*head, IDLE)) if self._is_idle(view, decided) else b"".join(head)
+        item = device_pb2.CheckInItem(idle=plain and self._is_idle(view, decided))
         if body.attempt is not None:
             item.attempt = body.attempt.name
         if body.reports:
@@ -136,24 +155,15 @@ class CheckInHandler:
             item.metrics.update(body.metrics)
         if decided is None:
             item.running.CopyFrom(running_state(body.running))
-        elif body.attempt is None and not body.reports and self._is_idle(view, decided):
-            item.idle = True
-        return b"".join(
-            (
-                view.entry.said,
-                view.certificate.said,
-                decided.said if decided is not None else b"",
-                self._views.said_positions(view.organization, partition),
-                item.SerializeToString(),
-            )
-        )
+        return b"".join((*head, item.SerializeToString()))
 
-    def _is_idle(self, view: DeviceView, decided: Decided) -> bool:
+    def _is_idle(self, view: DeviceView, decided: Decided | None) -> bool:
         """Nothing here can matter to a rollout: see CheckInItem.idle."""
-        if decided.running != view.entry.device.reported:
-            return False
-        return not self._views.is_managed(decided.running.release) and not self._views.has_live_attempt(
-            view.entry.facts.name
+        return (
+            decided is not None
+            and decided.state == view.entry.reported
+            and not self._views.is_managed(decided.state[0])
+            and not self._views.has_live_attempt(view.entry.facts.name)
         )
 
     async def _claim_or_wait(
@@ -212,9 +222,14 @@ class CheckInHandler:
     def _written(self, view: DeviceView, accepted: int, reasons: bytes, kind: str, more: bytes) -> bytes:
         interval, jitter = self._views.polling(view.entry.product)
         poll_after = interval + random.random() * jitter  # noqa: S311 - spreads polls, decides nothing
-        at = datetime.fromtimestamp(self._now(), UTC).isoformat()[:-6]
-        head = f'{{"server_time":"{at}Z","poll_after_s":{poll_after:.3f},"reports_accepted_through":{accepted},'
-        return b"".join((head.encode(), b'"reasons":', reasons, f',"answer":"{kind}"'.encode(), more, b"}"))
+        at = self._now()
+        second = int(at)
+        if second != self._second[0]:
+            self._second = (second, datetime.fromtimestamp(second, UTC).isoformat()[:-6])
+        return (
+            f'{{"server_time":"{self._second[1]}.{int((at - second) * 1e6):06d}Z","poll_after_s":{poll_after:.3f},'
+            f'"reports_accepted_through":{accepted},"reasons":'
+        ).encode() + b'%b,"answer":"%b"%b}' % (reasons, kind.encode(), more)
 
 
 def _receipt(decided_at_ms: int) -> bytes:

@@ -42,6 +42,15 @@ Lookup = Callable[..., Any]
 """A unary call of a generated stub."""
 
 
+StateKey = tuple[str, str, str, int]
+"""A running state, to be compared."""
+
+
+def state_key(state: registry_pb2.ReportedState) -> StateKey:
+    """All fields of a running state."""
+    return state.release, state.bundle, state.version, state.security_version
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceEntry:
     """A device, and what is made of it once."""
@@ -49,6 +58,7 @@ class DeviceEntry:
     device: registry_pb2.Device
     facts: DeviceFacts
     product: str
+    reported: StateKey
     said: bytes
     """Beginning of its items in the check-in topic."""
 
@@ -56,7 +66,9 @@ class DeviceEntry:
     def of(cls, device: registry_pb2.Device) -> DeviceEntry:
         """Prepare a device."""
         item = device_pb2.CheckInItem(device=device.name, device_uid=device.uid)
-        return cls(device, device_facts(device), product_of(device.name), item.SerializeToString())
+        return cls(
+            device, device_facts(device), product_of(device.name), state_key(device.reported), item.SerializeToString()
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +78,8 @@ class CertificateEntry:
     certificate: pki_pb2.DeviceCertificate
     product: str
     device: str
-    state: int
+    ca: str
+    state: pki_pb2.DeviceCertificate.State.ValueType
     not_before: int
     not_after: int
     said: bytes
@@ -79,6 +92,7 @@ class CertificateEntry:
             certificate,
             product_of(certificate.device),
             certificate.device,
+            certificate.ca_certificate,
             certificate.state,
             certificate.not_before.seconds,
             certificate.not_after.seconds,

@@ -27,7 +27,7 @@ from groundswell.pki.v1 import pki_pb2
 from groundswell.registry.v1 import registry_pb2
 
 from libs.errors import PermissionDeniedError
-from services.gateway.directory import certificate_key
+from services.gateway.directory import CertificateEntry, certificate_key
 
 log = logging.getLogger(__name__)
 
@@ -186,25 +186,28 @@ _CA_ENDED: Final = {
 
 
 def judge(
-    certificate: pki_pb2.DeviceCertificate,
+    certificate: CertificateEntry,
     ca_state: _Ca.State.ValueType,
-    policy: registry_pb2.CertificatePolicy,
+    policy: registry_pb2.ConfigurationPolicy,
     now: float,
     *,
     renewing: bool = False,
 ) -> None:
     """Raise unless a known certificate may do this now. Asked at every request: connections outlive decisions."""
     if certificate.state == _Leaf.STATE_REFUSED:
-        raise refuse_identity(certificate.reason or "CERTIFICATE_REFUSED", "this certificate is refused for good")
+        raise refuse_identity(
+            certificate.certificate.reason or "CERTIFICATE_REFUSED", "this certificate is refused for good"
+        )
     # A revocation's reason is an operator's sentence, for the audit: never a code.
     ended = _ENDED.get(certificate.state) or _CA_ENDED.get(ca_state)
     if ended is not None:
         raise refuse_identity(*ended)
-    if certificate.not_before.seconds > now:
+    if certificate.not_before > now:
         raise refuse_identity("CERTIFICATE_NOT_YET_VALID", "this certificate is not valid yet")
-    if certificate.not_after.seconds <= now:
-        lenient = policy.expired_leaf == _Policy.EXPIRED_LEAF_LENIENT
-        strict = policy.expired_leaf == _Policy.EXPIRED_LEAF_STRICT
+    if certificate.not_after <= now:
+        expired_leaf = policy.certificate_policy.expired_leaf
+        lenient = expired_leaf == _Policy.EXPIRED_LEAF_LENIENT
+        strict = expired_leaf == _Policy.EXPIRED_LEAF_STRICT
         if not lenient and (strict or not renewing):
             may = "it is refused" if strict else "it may only renew itself, by EST simplereenroll"
             raise refuse_identity("CERTIFICATE_EXPIRED", f"this certificate has expired: {may}")

@@ -21,6 +21,7 @@ from groundswell.device.v1 import device_pb2
 
 from libs.checkins import CheckInSigner
 from libs.eventlog import partition_of
+from services.gateway.wire import tag, varint
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ SILENT_S: Final = 2.0
 """A record that Kafka has not acknowledged for so long: nothing is decided until it has."""
 MOST_WAITING: Final = 32 * 1024 * 1024
 """Bytes that wait for Kafka at most."""
-_ITEM_TAG: Final = bytes([device_pb2.CheckInBatch.ITEMS_FIELD_NUMBER << 3 | 2])
+_ITEM_TAG: Final = tag(device_pb2.CheckInBatch.ITEMS_FIELD_NUMBER)
 
 
 class CheckInProducer(Protocol):
@@ -55,7 +56,19 @@ class Batch:
     items: list[bytes] = field(default_factory=list)
     """Tag, length and bytes of each item."""
     size: int = 0
-    done: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    sent: bool | None = None
+    """Whether Kafka has it; None as long as that is open."""
+    waiting: list[asyncio.Future[bool]] = field(default_factory=list)
+    """A future for each who waits, so that one who gives up ends no other's."""
+
+    def settle(self, sent: bool) -> None:  # noqa: FBT001 - the one thing there is to say
+        """Tell whoever waits; what is said first counts."""
+        if self.sent is None:
+            self.sent = sent
+            for one in self.waiting:
+                if not one.done():
+                    one.set_result(sent)
+            self.waiting.clear()
 
 
 class CheckInPublisher:
@@ -93,10 +106,11 @@ class CheckInPublisher:
 
     async def confirm(self, batch: Batch) -> bool:
         """Whether Kafka has the batch; waits, but not for ever."""
-        try:
-            return await asyncio.wait_for(asyncio.shield(batch.done), ACKNOWLEDGEMENT_S)
-        except TimeoutError:
-            return False
+        if batch.sent is not None:
+            return batch.sent
+        waiting = asyncio.get_running_loop().create_future()
+        batch.waiting.append(waiting)
+        return bool(await waiting)
 
     def enqueue(self, organization: str, item: bytes) -> Batch | None:
         """Append a serialized CheckInItem without waiting; None when there is no room for it."""
@@ -111,7 +125,7 @@ class CheckInPublisher:
                 return None
             batch = self._open[organization] = Batch(organization)
             asyncio.get_running_loop().call_later(LINGER_S, self._close, batch)
-        batch.items += (_ITEM_TAG, _varint(len(item)), item)
+        batch.items += (_ITEM_TAG, varint(len(item)), item)
         batch.size += size
         return batch
 
@@ -127,12 +141,13 @@ class CheckInPublisher:
         head = device_pb2.CheckInBatch(gateway=self._gateway, organization=batch.organization).SerializeToString()
         partition = partition_of(batch.organization, self._partitions)
         self._waiting += batch.size
+        late = asyncio.get_running_loop().call_later(ACKNOWLEDGEMENT_S, batch.settle, False)  # noqa: FBT003
         try:
-            sent = await self._send(partition, batch.organization, head + b"".join(batch.items))
+            batch.settle(await self._send(partition, batch.organization, head + b"".join(batch.items)))
         finally:
+            batch.settle(False)  # noqa: FBT003
+            late.cancel()
             self._waiting -= batch.size
-        if not batch.done.done():
-            batch.done.set_result(sent)
 
     async def _send(self, partition: int, key: str, value: bytes) -> bool:
         number = self._sends = self._sends + 1
@@ -168,11 +183,3 @@ class CheckInPublisher:
             self._close(batch)
         if self._sending:
             await asyncio.wait(self._sending, timeout=ACKNOWLEDGEMENT_S)
-
-
-def _varint(number: int) -> bytes:
-    if number < 0x80:
-        return bytes((number,))
-    if number < 0x4000:
-        return bytes((number & 0x7F | 0x80, number >> 7))
-    return bytes((number & 0x7F | 0x80, number >> 7 & 0x7F | 0x80, number >> 14))

@@ -42,7 +42,7 @@ from libs.resolution.convert import (
 )
 from libs.rpc.directory import REGISTRY_RECORDS
 from services.gateway.body import Running, reasons_json, running_state
-from services.gateway.directory import CertificateEntry, DeviceEntry, certificate_key
+from services.gateway.directory import CertificateEntry, DeviceEntry, StateKey, certificate_key, state_key
 
 SOURCES: Final[Mapping[str, tuple[type[Message], ...]]] = {
     "registry": REGISTRY_RECORDS,
@@ -63,6 +63,10 @@ _LIVE: Final = frozenset(
         device_pb2.ATTEMPT_STATE_BOOTED,
     }
 )
+FRESHNESS_S: Final = 2.0
+"""A view that is further behind gives no offers (protocols.md section 3)."""
+_LOOK_S: Final = 0.02
+"""Lags are looked at this often, not for every check-in."""
 _DECISIVE: Final = frozenset(
     {
         artifacts_events.BundleChanged,
@@ -117,6 +121,8 @@ class Decided:
 
     resolution: Resolution
     running: registry_pb2.ReportedState
+    state: StateKey
+    """The same, to be compared."""
     candidates: tuple[releases_pb2.Candidate, ...]
     plans: tuple[str, ...]
     """What limits grants of each candidate."""
@@ -169,6 +175,7 @@ class GatewayViews:
         self._no_policy = registry_pb2.ConfigurationPolicy()
         self._shared: list[dict[tuple[object, ...], Decided]] = [{} for _ in range(partitions)]
         self._positions: list[tuple[int, bytes] | None] = [None] * partitions
+        self._fresh_until = [0.0] * partitions
         self._moves = 0
         self._phased: set[str] = set()
         self.followers = {
@@ -314,10 +321,15 @@ class GatewayViews:
         """Partition of an organization."""
         return partition_of(organization, self._partitions)
 
-    def stale_services(self, partition: int, limit_s: float) -> Sequence[str]:
-        """Services whose view of the partition is over ``limit_s`` behind."""
+    def stale_services(self, partition: int) -> Sequence[str]:
+        """Services whose view of the partition is over ``FRESHNESS_S`` behind. A lag grows no faster than time."""
         now = monotonic()
-        return [name for name, follower in self.followers.items() if follower.lag_s(partition, now) > limit_s]
+        if now < self._fresh_until[partition]:
+            return ()
+        lags = [(follower.lag_s(partition, now), name) for name, follower in self.followers.items()]
+        worst = max(lags)[0]
+        self._fresh_until[partition] = now + min(_LOOK_S, FRESHNESS_S - worst)
+        return [name for lag, name in lags if lag > FRESHNESS_S] if worst > FRESHNESS_S else ()
 
     def positions(self, organization: str) -> list[device_pb2.ViewPosition]:
         """Where each view stands."""
@@ -409,6 +421,7 @@ class GatewayViews:
         return Decided(
             resolution,
             running,
+            state_key(running),
             candidates,
             tuple(self.plan_of(candidate) for candidate in candidates),
             item.SerializeToString(),

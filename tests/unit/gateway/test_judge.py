@@ -7,6 +7,7 @@ from groundswell.pki.v1 import pki_pb2
 from groundswell.registry.v1 import registry_pb2
 
 from libs.errors import PermissionDeniedError
+from services.gateway.directory import CertificateEntry
 from services.gateway.identity import judge
 
 NOW = 1_800_000_000.0
@@ -28,7 +29,8 @@ def verdict(
     leaf.not_before.FromSeconds(int(begin))
     leaf.not_after.FromSeconds(int(end))
     try:
-        judge(leaf, ca, Policy(expired_leaf=policy), NOW, renewing=renewing)
+        configured = registry_pb2.ConfigurationPolicy(certificate_policy=Policy(expired_leaf=policy))
+        judge(CertificateEntry.of(leaf), ca, configured, NOW, renewing=renewing)
     except PermissionDeniedError as error:
         return error.reason
     return ""

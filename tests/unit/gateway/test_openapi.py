@@ -173,7 +173,7 @@ def said_by(*paths: Path) -> set[str]:
             if not isinstance(node, ast.Call):
                 continue
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            if name.endswith("Error") or name in {"reason", "refuse_identity", "_error"}:
+            if name.endswith("Error") or name in {"reason", "refuse_identity", "error_reply"}:
                 texts = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
                 found.update(text for text in texts[:1] if UPPER_SNAKE.fullmatch(text))
     return found
@@ -219,7 +219,7 @@ def test_every_reason_why_another_service_may_not_answer_is_described() -> None:
 
 def test_every_status_of_the_gateway_is_described() -> None:
     source = (ROOT / "services/gateway/http.py").read_text()
-    statuses = {int(text) for text in re.findall(r"_error\((\d{3})", source)}
+    statuses = {int(text) for text in re.findall(r"error_reply\((\d{3})", source)}
     statuses |= {int(text) for text in re.findall(r'^    "[A-Z_]+": (\d{3}),', source, re.MULTILINE)}
     assert {400, 403, 404, 408, 409, 413, 429, 503} <= statuses
     assert statuses <= reasons_by_status().keys()
