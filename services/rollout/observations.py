@@ -48,6 +48,11 @@ class Backlog:
     partition: int
     waiting: list[Observed] = field(default_factory=list)
 
+    @property
+    def quiet(self) -> bool:
+        """Nothing that waits is new to the leader."""
+        return all(observed.record is None for observed in self.waiting)
+
     def take(self) -> tuple[rollout_pb2.RecordObservationsRequest, int]:
         """The next call and how many records it answers: as many as fit into 500 items."""
         request = rollout_pb2.RecordObservationsRequest(source_partition=self.partition)

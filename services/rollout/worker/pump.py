@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -30,6 +31,8 @@ QUEUE: Final = 1000
 """Records that wait for a stage at most."""
 STORES: Final = 4
 """Answered calls that wait to be stored at most."""
+QUIET_S: Final = 0.25
+"""Records in which nothing is new to the leader wait so long for others: how far it was read need not be told often."""
 KEY_WAIT_S: Final = 10.0
 KEY_POLL_S: Final = 0.02
 Record = Callable[[rollout_pb2.RecordObservationsRequest], Awaitable[rollout_pb2.RecordObservationsResponse]]
@@ -114,11 +117,20 @@ class Pump:
                 self._take(backlog, deliveries, await self._judged.get())
             while len(deliveries) < QUEUE and not self._judged.empty():
                 self._take(backlog, deliveries, self._judged.get_nowait())
+            if backlog.quiet:
+                await self._gather(backlog, deliveries)
             request, count = backlog.take()
             await self._for_ever(lambda request=request: self._tools.record(request))  # type: ignore[misc]
             self.moved_at = time.monotonic()
             await self._answered.put((deliveries[:count], backlog.done(count)))
             del deliveries[:count]
+
+    async def _gather(self, backlog: Backlog, deliveries: list[Delivery]) -> None:
+        """Take more until something is new to the leader, or for a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(QUIET_S):
+                while backlog.quiet and len(deliveries) < QUEUE:
+                    self._take(backlog, deliveries, await self._judged.get())
 
     @staticmethod
     def _take(backlog: Backlog, deliveries: list[Delivery], judged: tuple[Delivery, Observed]) -> None:

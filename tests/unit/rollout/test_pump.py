@@ -14,7 +14,7 @@ from libs.checkins import CheckInSigner, GatewayKey, Rejected, SequenceGuard, ke
 from libs.eventlog import partition_of
 from services.rollout.keys import routing_key
 from services.rollout.observations import MAX_ITEMS, Backlog, Observed
-from services.rollout.worker.pump import Delivery, Pump, Tools
+from services.rollout.worker.pump import QUIET_S, Delivery, Pump, Tools
 
 GATEWAY = "organizations/platform/gateways/g1"
 TOPIC = "t.device.checkins.v1"
@@ -135,6 +135,27 @@ async def test_idle_items_refresh_last_seen_and_only_move_the_watermark(bench: B
     await bench.until(lambda: bench.acknowledged == [7])
     assert bench.seen == ["organizations/acme/products/p/devices/d"]
     assert [(list(call.records), call.through_position) for call in bench.calls] == [([], 7)]
+    await bench.pump.stop()
+
+
+async def test_quiet_records_are_told_of_together_and_not_held_back_by_silence(bench: Bench) -> None:
+    for position in range(1, 6):
+        await bench.deliver(position, idle=True)
+        await asyncio.sleep(0)
+    await bench.until(lambda: bench.acknowledged == [1, 2, 3, 4, 5])
+    assert [call.through_position for call in bench.calls] == [5]
+    await bench.pump.stop()
+
+
+async def test_what_is_new_to_the_leader_takes_waiting_quiet_records_along_at_once(bench: Bench) -> None:
+    loop = asyncio.get_running_loop()
+    await bench.deliver(1, idle=True)
+    began = loop.time()
+    await bench.until(lambda: bench.pump._judged.empty() and bench.pump._queue.empty())
+    await bench.deliver(2)
+    await bench.until(lambda: bench.acknowledged == [1, 2])
+    assert loop.time() - began < QUIET_S, "nobody waited for more"
+    assert [([one.position for one in call.records], call.through_position) for call in bench.calls] == [([2], 2)]
     await bench.pump.stop()
 
 
