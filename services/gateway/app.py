@@ -29,7 +29,7 @@ from libs.rpc.certificates import CertificateFiles
 from libs.seal import accepted_keys
 from libs.settings import Settings
 from services.gateway.checkin import CheckInHandler
-from services.gateway.claims import ClosedPlans, OfferClaims
+from services.gateway.claims import ClosedPlans, claims, switches
 from services.gateway.connection import IDLE_S, STOP_S, Listener
 from services.gateway.directory import DeviceDirectory
 from services.gateway.http import DeviceApi
@@ -125,9 +125,9 @@ class Gateway:
         pki = pki_pb2_grpc.PkiInternalServiceStub(self._channels["pki"])
         handler = CheckInHandler(
             self._views,
-            OfferClaims(rollout.ClaimOffers, self._name),
+            claims(rollout.ClaimOffers, self._name),
             self._closed,
-            rollout.AuthorizeSwitch,
+            switches(rollout.BatchAuthorizeSwitch),
             publisher,
         )
         return DeviceApi(

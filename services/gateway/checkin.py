@@ -3,7 +3,7 @@
 1. A view more than two seconds behind, in any service, answers ``none`` with ``GATEWAY_STALE``, and a log of check-ins
    that takes nothing with ``CHECKINS_UNAVAILABLE``: never a stale offer.
 2. ``resolve()`` in memory gives ordered candidates and the steps that led to them.
-3. ``ask: go`` goes to ``AuthorizeSwitch``; a candidate, when the device works on no attempt, to ``ClaimOffers``.
+3. ``ask: go`` goes to ``BatchAuthorizeSwitch``; a candidate, when the device works on no attempt, to ``ClaimOffers``.
 4. What was said and decided is published; reports are confirmed only when Kafka has them.
 
 Whatever fails on the way to the leader is an answer of ``none`` with a reason: the device polls again.
@@ -20,7 +20,7 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -31,14 +31,12 @@ from groundswell.device.v1 import device_pb2
 from groundswell.rollout.v1 import rollout_pb2
 
 from services.gateway.body import CheckInBody, reasons_json, reports, running_state
-from services.gateway.claims import ClosedPlans, OfferClaims
+from services.gateway.claims import Claims, ClosedPlans, Switches
 from services.gateway.publisher import Batch, CheckInPublisher
 from services.gateway.views import Decided, DeviceView, GatewayViews
 from services.gateway.wire import IDLE, agent_said
 
 log = logging.getLogger(__name__)
-
-Authorize = Callable[[rollout_pb2.AuthorizeSwitchRequest], Awaitable[rollout_pb2.AuthorizeSwitchResponse]]
 
 
 @dataclass(slots=True)
@@ -65,16 +63,16 @@ class CheckInHandler:
     def __init__(
         self,
         views: GatewayViews,
-        claims: OfferClaims,
+        claims: Claims,
         closed: ClosedPlans,
-        authorize: Authorize,
+        switches: Switches,
         publisher: CheckInPublisher,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._views = views
         self._claims = claims
         self._closed = closed
-        self._authorize = authorize
+        self._switches = switches
         self._publisher = publisher
         self._now = now
         self._second = (0, "")
@@ -179,7 +177,7 @@ class CheckInHandler:
             check_in=device_pb2.CheckInItem.FromString(item),
         )
         try:
-            result = await self._claims.claim(view.organization, claim)
+            result = await self._claims.ask(view.organization, claim)
         except grpc.aio.AioRpcError as error:
             answer.reasons.append(_leader_unreachable(error))
             return
@@ -197,18 +195,24 @@ class CheckInHandler:
         answer.attempt = check_in.attempt
         details: dict[str, Any] = {"attempt": check_in.attempt}
         try:
-            response = await self._authorize(
+            result = await self._switches.ask(
+                view.organization,
                 rollout_pb2.AuthorizeSwitchRequest(
                     organization=view.organization,
                     attempt=check_in.attempt,
                     device=check_in.device,
                     check_in=check_in,
-                )
+                ),
             )
         except grpc.aio.AioRpcError as error:
             answer.kind, answer.body = "wait", {"wait": details}
             answer.reasons.append(_leader_unreachable(error))
             return
+        if not result.HasField("response"):
+            answer.kind, answer.body = "wait", {"wait": details}
+            answer.reasons.append(result.refusal)
+            return
+        response = result.response
         kinds = {
             rollout_pb2.AuthorizeSwitchResponse.ANSWER_GO: "go",
             rollout_pb2.AuthorizeSwitchResponse.ANSWER_CANCEL: "cancel",

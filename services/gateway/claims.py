@@ -1,4 +1,4 @@
-"""Asks the rollout leader for grants: requests of the last few milliseconds go in one call per organization.
+"""What gateways ask the rollout leader: grants, and leave to switch.
 
 Refusals may say ``closed_for_ms`` for a plan: no use to ask before. The gateway honours that, forgets it at any public
 event of the plan, and never holds it longer than the device's own poll interval (protocols.md section 2).
@@ -8,64 +8,102 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, Generic, TypeVar
 
 from groundswell.rollout.v1 import rollout_pb2
 
 MAX_ITEMS: Final = 500
 LINGER_S: Final = 0.004
+MOST_CALLS: Final = 2
+"""Calls of each kind under way for one organization."""
 
 ClaimCall = Callable[[rollout_pb2.ClaimOffersRequest], Awaitable[rollout_pb2.ClaimOffersResponse]]
-_Waiting = tuple[rollout_pb2.ClaimItem, "asyncio.Future[rollout_pb2.ClaimResult]"]
+SwitchCall = Callable[[rollout_pb2.BatchAuthorizeSwitchRequest], Awaitable[rollout_pb2.BatchAuthorizeSwitchResponse]]
+Q = TypeVar("Q")
+A = TypeVar("A")
 
 
-class OfferClaims:
-    """Coalesces claims per organization."""
+class Questions(Generic[Q, A]):
+    """Puts the questions of an organization's devices to the leader, many in one call, each with its own answer.
 
-    def __init__(self, call: ClaimCall, gateway: str) -> None:
+    A call takes what came up in the last milliseconds, and while two calls are under way whatever comes up waits for
+    one of them: the busier the leader, the fewer and larger the calls.
+    """
+
+    def __init__(self, call: Callable[[str, list[Q]], Awaitable[Sequence[A]]]) -> None:
         self._call = call
-        self._gateway = gateway
-        self._waiting: dict[str, list[_Waiting]] = {}
+        self._waiting: dict[str, list[tuple[Q, asyncio.Future[A]]]] = {}
+        self._under_way: Counter[str] = Counter()
         self._running: set[asyncio.Task[None]] = set()
 
-    async def claim(self, organization: str, item: rollout_pb2.ClaimItem) -> rollout_pb2.ClaimResult:
-        """One device's claim; raises what the call raised."""
+    async def ask(self, organization: str, question: Q) -> A:
+        """One device's question; raises what the call raised."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[rollout_pb2.ClaimResult] = loop.create_future()
+        future: asyncio.Future[A] = loop.create_future()
         queue = self._waiting.get(organization)
         if queue is None:
             queue = self._waiting[organization] = []
-            loop.call_later(LINGER_S, self._flush, organization, queue)
-        queue.append((item, future))
-        if len(queue) >= MAX_ITEMS:
-            self._flush(organization, queue)
+            loop.call_later(LINGER_S, self._flush, organization)
+        queue.append((question, future))
         return await future
 
-    def _flush(self, organization: str, queue: list[_Waiting]) -> None:
-        if self._waiting.get(organization) is not queue:
-            return
-        del self._waiting[organization]
-        task = asyncio.get_running_loop().create_task(self._send(organization, queue))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+    def _flush(self, organization: str) -> None:
+        while self._waiting.get(organization) and self._under_way[organization] < MOST_CALLS:
+            queue = self._waiting.pop(organization)
+            if len(queue) > MAX_ITEMS:
+                self._waiting[organization] = queue[MAX_ITEMS:]
+                del queue[MAX_ITEMS:]
+            self._under_way[organization] += 1
+            task = asyncio.get_running_loop().create_task(self._send(organization, queue))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
 
-    async def _send(self, organization: str, queue: list[_Waiting]) -> None:
-        request = rollout_pb2.ClaimOffersRequest(
-            organization=organization, gateway=self._gateway, items=[item for item, _ in queue]
-        )
+    async def _send(self, organization: str, queue: list[tuple[Q, asyncio.Future[A]]]) -> None:
         try:
-            response = await self._call(request)
-            if len(response.results) != len(queue):
-                raise RuntimeError(f"{len(response.results)} results for {len(queue)} claims")
+            results = await self._call(organization, [question for question, _ in queue])
+            if len(results) != len(queue):
+                raise RuntimeError(f"{len(results)} answers to {len(queue)} questions")
         except Exception as error:  # noqa: BLE001 - every waiting request gets the error that its call met
             for _, future in queue:
                 if not future.done():
                     future.set_exception(error)
-            return
-        for (_, future), result in zip(queue, response.results, strict=True):
-            if not future.done():
-                future.set_result(result)
+        else:
+            for (_, future), result in zip(queue, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+        finally:
+            self._under_way[organization] -= 1
+            if not self._under_way[organization]:
+                del self._under_way[organization]
+            self._flush(organization)
+
+
+Claims = Questions[rollout_pb2.ClaimItem, rollout_pb2.ClaimResult]
+Switches = Questions[rollout_pb2.AuthorizeSwitchRequest, rollout_pb2.AuthorizeSwitchResult]
+
+
+def claims(call: ClaimCall, gateway: str) -> Claims:
+    """Claims of offers."""
+
+    async def ask(organization: str, items: list[rollout_pb2.ClaimItem]) -> Sequence[rollout_pb2.ClaimResult]:
+        request = rollout_pb2.ClaimOffersRequest(organization=organization, gateway=gateway, items=items)
+        return (await call(request)).results
+
+    return Questions(ask)
+
+
+def switches(call: SwitchCall) -> Switches:
+    """Questions whether a device may switch now."""
+
+    async def ask(
+        organization: str, requests: list[rollout_pb2.AuthorizeSwitchRequest]
+    ) -> Sequence[rollout_pb2.AuthorizeSwitchResult]:
+        request = rollout_pb2.BatchAuthorizeSwitchRequest(organization=organization, requests=requests)
+        return (await call(request)).results
+
+    return Questions(ask)
 
 
 class ClosedPlans:

@@ -29,7 +29,7 @@ from libs.eventlog.follower import ParkedRecord
 from libs.eventlog.memory import MemoryLog
 from services.gateway.body import parse
 from services.gateway.checkin import CheckInHandler
-from services.gateway.claims import ClosedPlans, OfferClaims
+from services.gateway.claims import ClosedPlans, claims, switches
 from services.gateway.directory import CertificateEntry, DeviceEntry
 from services.gateway.publisher import Batch
 from services.gateway.views import DeviceView, GatewayViews
@@ -79,6 +79,8 @@ class Gateway:
         self.stale: list[str] = []
         self.claimed: list[rollout_pb2.ClaimItem] = []
         self.result = rollout_pb2.ClaimResult()
+        go = rollout_pb2.AuthorizeSwitchResponse(answer=rollout_pb2.AuthorizeSwitchResponse.ANSWER_GO, valid_for_s=30)
+        self.switch = rollout_pb2.AuthorizeSwitchResult(response=go)
         self.publisher = Publisher()
         self.now = NOW
         self.views = GatewayViews(
@@ -89,9 +91,9 @@ class Gateway:
         self._position = 0
         self.handler = CheckInHandler(
             self.views,
-            OfferClaims(self._claim, "organizations/platform/gateways/g"),
+            claims(self._claim, "organizations/platform/gateways/g"),
             ClosedPlans(),
-            self._authorize,
+            switches(self._authorize),
             self.publisher,  # type: ignore[arg-type]
             lambda: self.now,
         )
@@ -100,9 +102,11 @@ class Gateway:
         self.claimed.extend(request.items)
         return rollout_pb2.ClaimOffersResponse(results=[self.result] * len(request.items))
 
-    async def _authorize(self, request: rollout_pb2.AuthorizeSwitchRequest) -> rollout_pb2.AuthorizeSwitchResponse:
-        assert request.check_in.attempt == request.attempt
-        return rollout_pb2.AuthorizeSwitchResponse(answer=rollout_pb2.AuthorizeSwitchResponse.ANSWER_GO, valid_for_s=30)
+    async def _authorize(
+        self, request: rollout_pb2.BatchAuthorizeSwitchRequest
+    ) -> rollout_pb2.BatchAuthorizeSwitchResponse:
+        assert all(one.check_in.attempt == one.attempt for one in request.requests)
+        return rollout_pb2.BatchAuthorizeSwitchResponse(results=[self.switch] * len(request.requests))
 
     def say(self, service: str, resource: str, payload: Message) -> None:
         self._position += 1
