@@ -57,8 +57,6 @@ class RuntimeConfig:
     task_concurrency: int = 16
     """Tasks that run at a time, per led partition."""
     inbox_chunk: int = 500
-    inbox_pace_s: float = 0.025
-    """Facts of other services that come sooner after the last ones wait to be taken in together: one commit, not many."""
     lag_every_s: float = 1.0
     beat_every_s: float = 24 * 3600.0
     """An idle leader commits a beat, because brokers forget idle transactional ids."""

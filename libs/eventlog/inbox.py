@@ -136,14 +136,9 @@ class Inbox(Generic[S]):
     async def _follow(self) -> None:
         tail = await self._log.open_tail({source: self.start_position(source) for source in self._sources})
         measuring = asyncio.create_task(self._measure())
-        entered = -math.inf
         try:
             while True:
-                if (early := entered + self._config.inbox_pace_s - monotonic()) > 0:
-                    await asyncio.sleep(early)
                 records = await tail.fetch(self._config.lag_every_s * FETCH_SHARE)
-                if records:
-                    entered = monotonic()
                 for start in range(0, len(records), self._config.inbox_chunk):
                     await self._enter(records[start : start + self._config.inbox_chunk])
                 self.problem = ""
