@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import http.client
-import json
 import resource
 import secrets
 import ssl
@@ -27,6 +26,7 @@ from urllib.parse import urlsplit
 import uvloop
 from groundswell.artifacts.v1 import artifacts_pb2
 from groundswell.rollout.v1 import rollout_pb2
+from msgspec.json import decode, encode
 
 from bench.installation import enrolled, running, tenant_of, what_else_ran
 from clients.sdk.signing import sign_bundle
@@ -60,7 +60,7 @@ def started(tenant: Tenant, bundle: artifacts_pb2.Bundle, devices: int, cohort: 
     return str(tenant.client.rollout.StartRollout(request).name)
 
 
-class Device:
+class Device(asyncio.Protocol):
     """A device that does as it is told, at once."""
 
     def __init__(self, tenant: Tenant, identity: Identity) -> None:
@@ -68,25 +68,40 @@ class Device:
         self._agent = {"instance": str(uuid.uuid4()), "boot_id": str(uuid.uuid4())}
         self._running: dict[str, Any] = {"version": "1.0.0", "slot": "a", "security_version": 1}
         self._counter = 1_000_000
+        self._head = f"POST /v1/checkin HTTP/1.1\r\nHost: {tenant.server_name}\r\nContent-Length: ".encode()
+        self._got = b""
+        self._answer: asyncio.Future[bytes] | None = None
 
     async def connect(self) -> None:
         stack = self._tenant.stack
         context = ssl.create_default_context(cafile=str(stack.profile.ca))
         context.load_cert_chain(self._identity.certificate, self._identity.key)
         host, _, port = stack.profile.gateway.rpartition(":")
-        self._reader, self._writer = await asyncio.open_connection(
-            host, int(port), ssl=context, server_hostname=self._tenant.server_name
+        self._loop = asyncio.get_running_loop()
+        self._transport, _ = await self._loop.create_connection(
+            lambda: self, host, int(port), ssl=context, server_hostname=self._tenant.server_name
         )
+
+    def data_received(self, data: bytes) -> None:
+        got = self._got = self._got + data
+        end = got.find(b"\r\n\r\n") + 4
+        at = got.find(b"ontent-Length: ") + 15
+        if end < 4 or len(got) < end + int(got[at : got.find(b"\r", at)]):
+            return
+        self._got = b""
+        if self._answer is not None:
+            self._answer.set_result(got[end:])
+
+    def connection_lost(self, _exc: Exception | None) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(ConnectionError("the gateway closed the connection"))
 
     async def _say(self, **more: Any) -> dict[str, Any]:
         self._counter += 1
-        body = {"agent": {**self._agent, "counter": self._counter}, "running": self._running, **more}
-        raw = json.dumps(body).encode()
-        head = f"POST /v1/checkin HTTP/1.1\r\nHost: {self._tenant.server_name}\r\nContent-Length: {len(raw)}\r\n\r\n"
-        self._writer.write(head.encode() + raw)
-        got = await self._reader.readuntil(b"\r\n\r\n")
-        length = next(line for line in got.split(b"\r\n") if line.lower().startswith(b"content-length:"))
-        answer: dict[str, Any] = json.loads(await self._reader.readexactly(int(length.split(b":")[1])))
+        raw = encode({"agent": {**self._agent, "counter": self._counter}, "running": self._running, **more})
+        self._answer = self._loop.create_future()
+        self._transport.write(b"%b%d\r\n\r\n%b" % (self._head, len(raw), raw))
+        answer: dict[str, Any] = decode(await self._answer)
         return answer
 
     async def _until(self, kind: str, **more: Any) -> dict[str, Any]:
