@@ -20,7 +20,7 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -78,9 +78,7 @@ class CheckInHandler:
         self._second = (0, "")
         """The last second in which something was answered, as it is written."""
 
-    def handle(
-        self, view: DeviceView, partition: int, raw: bytes, body: CheckInBody
-    ) -> bytes | Coroutine[Any, Any, bytes]:
+    def handle(self, view: DeviceView, partition: int, raw: bytes, body: CheckInBody) -> bytes | Awaitable[bytes]:
         """The JSON answer for a device whose identity is settled: at once, when there is nothing to wait for."""
         now_ms = int(self._now() * 1000)
         blocked = self._blocked(partition)
@@ -114,12 +112,15 @@ class CheckInHandler:
             return await self._confirmed(view, batch, body, reasons, answer.kind, more)
         return self._written(view, 0, reasons, answer.kind, more)
 
-    async def _confirmed(
+    def _confirmed(
         self, view: DeviceView, batch: Batch, body: CheckInBody, reasons: bytes, kind: str = "none", more: bytes = b""
-    ) -> bytes:
+    ) -> Awaitable[bytes]:
         """Reports are accepted when Kafka has them."""
-        accepted = body.reports[-1].counter if await self._publisher.confirm(batch) else 0
-        return self._written(view, accepted, reasons, kind, more)
+
+        def written(sent: bool) -> bytes:  # noqa: FBT001 - as it is told
+            return self._written(view, body.reports[-1].counter if sent else 0, reasons, kind, more)
+
+        return self._publisher.confirm(batch, written)
 
     def _blocked(self, partition: int) -> list[device_pb2.Reason]:
         """Why nothing may be decided now; empty when all is well."""

@@ -19,7 +19,7 @@ import asyncio
 import re
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Final, Protocol
@@ -53,7 +53,7 @@ _OK: Final = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nDate: "
 class Api(Protocol):
     """What is answered on the short way."""
 
-    def check_in(self, peer: Peer, raw: bytes) -> bytes | Coroutine[Any, Any, bytes]: ...
+    def check_in(self, peer: Peer, raw: bytes) -> bytes | Awaitable[bytes]: ...
 
     async def download(self, peer: Peer, grant: str, digest: str) -> Reply: ...
 
@@ -143,7 +143,7 @@ class DeviceConnection(asyncio.Protocol):
         self._peer: Peer | None = None
         self._ahead = b""
         """What has come and was not answered yet."""
-        self._answering: asyncio.Task[None] | None = None
+        self._answering: asyncio.Future[Any] | None = None
         self._late: asyncio.TimerHandle | None = None
         self._active = 0.0
         self._idle: asyncio.TimerHandle | None = None
@@ -190,7 +190,7 @@ class DeviceConnection(asyncio.Protocol):
                 self._hand_over(data)
                 return
             head = data[:end]
-            answer: bytes | Coroutine[Any, Any, bytes | Reply]
+            answer: bytes | Awaitable[bytes | Reply]
             length = listener.plain_body(head)
             if length is not None:
                 whole = end + length
@@ -220,7 +220,8 @@ class DeviceConnection(asyncio.Protocol):
                 self._late = None
             if not isinstance(answer, bytes):
                 self._ahead = data
-                self._answering = self._loop.create_task(self._answer(answer))
+                self._answering = asyncio.ensure_future(answer, loop=self._loop)
+                self._answering.add_done_callback(self._answered)
                 return
             self._write(answer)
         self._ahead = b""
@@ -230,12 +231,18 @@ class DeviceConnection(asyncio.Protocol):
             self._peer = peer_of(self._transport.get_extra_info("ssl_object"))
         return self._peer
 
-    async def _answer(self, answering: Coroutine[Any, Any, bytes | Reply]) -> None:
-        """An answer that has to be waited for, and then what came meanwhile."""
-        try:
-            answer = await answering
-        except Exception as error:  # noqa: BLE001 - it is looked at there
+    def _answered(self, answering: asyncio.Future[Any]) -> None:
+        """Write an answer that had to be waited for, and go on with what came meanwhile."""
+        if answering.cancelled():
+            self._transport.close()
+            return
+        error = answering.exception()
+        if error is None:
+            answer: bytes | Reply = answering.result()
+        elif isinstance(error, Exception):
             answer = reply_of(error, "a request of a device")
+        else:
+            raise error
         if isinstance(answer, Reply):
             self._write(_written(answer))
         else:

@@ -12,8 +12,8 @@ import json
 import logging
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 import grpc
 from aiohttp import web
@@ -102,7 +102,7 @@ class DeviceApi:
     async def _download_route(self, request: web.Request) -> web.Response:
         return (await self.download(_peer(request), **request.match_info)).response()
 
-    def check_in(self, peer: Peer, raw: bytes) -> bytes | Coroutine[Any, Any, bytes]:
+    def check_in(self, peer: Peer, raw: bytes) -> bytes | Awaitable[bytes]:
         """POST /v1/checkin: the answer's JSON, at once for a device that is known here and has nothing to wait for."""
         view = self._known(peer)
         return self._check_in_unknown(peer, raw) if view is None else self._checked_in(view, raw)
@@ -111,7 +111,7 @@ class DeviceApi:
         answer = self._checked_in(await self._identify(peer), raw)
         return answer if isinstance(answer, bytes) else await answer
 
-    def _checked_in(self, view: DeviceView, raw: bytes) -> bytes | Coroutine[Any, Any, bytes]:
+    def _checked_in(self, view: DeviceView, raw: bytes) -> bytes | Awaitable[bytes]:
         body = bodies.parse(raw)
         if body.device and body.device not in (view.device.name, view.device.identifier):
             log.warning("identity mismatch: certificate of %s, body names another device", view.device.name)

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from groundswell.device.v1 import device_pb2
 
@@ -39,6 +39,9 @@ MOST_WAITING: Final = 32 * 1024 * 1024
 _ITEM_TAG: Final = tag(device_pb2.CheckInBatch.ITEMS_FIELD_NUMBER)
 
 
+T = TypeVar("T")
+
+
 class CheckInProducer(Protocol):
     """What the publisher needs of Kafka: an idempotent, acknowledged send to one partition."""
 
@@ -58,17 +61,16 @@ class Batch:
     size: int = 0
     sent: bool | None = None
     """Whether Kafka has it; None as long as that is open."""
-    waiting: list[asyncio.Future[bool]] = field(default_factory=list)
-    """A future for each who waits, so that one who gives up ends no other's."""
+    waiting: list[Callable[[bool], None]] = field(default_factory=list)
+    """Who wants to be told."""
 
     def settle(self, sent: bool) -> None:  # noqa: FBT001 - the one thing there is to say
         """Tell whoever waits; what is said first counts."""
         if self.sent is None:
             self.sent = sent
-            for one in self.waiting:
-                if not one.done():
-                    one.set_result(sent)
-            self.waiting.clear()
+            waiting, self.waiting = self.waiting, []
+            for tell in waiting:
+                tell(sent)
 
 
 class CheckInPublisher:
@@ -104,13 +106,19 @@ class CheckInPublisher:
         oldest = next(iter(self._unacknowledged[partition].values()), None)
         return self._waiting < MOST_WAITING and (oldest is None or self._clock() - oldest < SILENT_S)
 
-    async def confirm(self, batch: Batch) -> bool:
-        """Whether Kafka has the batch; waits, but not for ever."""
-        if batch.sent is not None:
-            return batch.sent
-        waiting = asyncio.get_running_loop().create_future()
-        batch.waiting.append(waiting)
-        return bool(await waiting)
+    def confirm(self, batch: Batch, then: Callable[[bool], T]) -> asyncio.Future[T]:
+        """What `then` makes of whether Kafka has the batch, once that is known or has taken too long."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def tell(sent: bool) -> None:  # noqa: FBT001 - the one thing there is to say
+            if not future.done():
+                future.set_result(then(sent))
+
+        if batch.sent is None:
+            batch.waiting.append(tell)
+        else:
+            tell(batch.sent)
+        return future
 
     def enqueue(self, organization: str, item: bytes) -> Batch | None:
         """Append a serialized CheckInItem without waiting; None when there is no room for it."""

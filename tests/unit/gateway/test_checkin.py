@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -64,8 +64,10 @@ class Publisher:
         self.items.append(item)
         return Batch(organization)
 
-    async def confirm(self, _batch: Batch) -> bool:
-        return self.acknowledges
+    def confirm(self, _batch: Batch, then: Callable[[bool], bytes]) -> asyncio.Future[bytes]:
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(then(self.acknowledges))
+        return future
 
     @property
     def last(self) -> device_pb2.CheckInItem:

@@ -59,7 +59,7 @@ async def test_items_of_a_moment_are_one_record_in_the_order_they_came(kafka: Ka
     batches = [publisher.enqueue("acme", item(number)) for number in range(100)]
     assert all(batch is batches[0] for batch in batches)
     assert batches[0] is not None
-    assert await publisher.confirm(batches[0])
+    assert await publisher.confirm(batches[0], bool)
     (batch,) = kafka.batches
     assert (batch.gateway, batch.organization, batch.heartbeat) == (GATEWAY, "acme", False)
     assert [one.counter for one in batch.items] == list(range(1, 101))
@@ -140,6 +140,6 @@ async def test_an_unknown_outcome_confirms_nothing(kafka: Kafka) -> None:
     kafka.post = lost  # type: ignore[method-assign]
     batch = publisher.enqueue("acme", item(1))
     assert batch is not None
-    assert not await publisher.confirm(batch)
+    assert not await publisher.confirm(batch, bool)
     assert publisher.failures == 1
     assert publisher.takes(partition_of("acme", 4)), "it may be tried again at once"
