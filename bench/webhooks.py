@@ -1,6 +1,6 @@
 """Webhook deliveries by the sender against bare signed aiohttp posts to the very same receiver, in the same run.
 
-    python -m bench.webhooks [--events 3000] [--endpoints 2] [--rounds 3] [--kafka 127.0.0.1:19092]
+    python -m bench.webhooks [--events 9000] [--endpoints 2] [--rounds 3] [--kafka 127.0.0.1:19092]
 
 The receiver is HTTPS in a process of its own and only counts. The baseline posts the same bodies over keep-alive TLS
 with as many requests open as the sender has, and signs each with both keys (``v1`` and ``v1a``). The sender's side is
@@ -286,7 +286,7 @@ def body_of(number: int) -> bytes:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--events", type=int, default=3_000)
+    parser.add_argument("--events", type=int, default=9_000)
     parser.add_argument("--endpoints", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kafka", default=os.environ.get("GROUNDSWELL_KAFKA", "127.0.0.1:19092"))
