@@ -47,11 +47,28 @@ class Backlog:
 
     partition: int
     waiting: list[Observed] = field(default_factory=list)
+    _news: int = 0
+    _items: int = 0
+
+    def add(self, observed: Observed) -> None:
+        """The next record."""
+        self.waiting.append(observed)
+        self._count(observed, 1)
+
+    def _count(self, observed: Observed, sign: int) -> None:
+        if observed.record is not None:
+            self._news += sign
+            self._items += sign * len(observed.record.items)
 
     @property
     def quiet(self) -> bool:
         """Nothing that waits is new to the leader."""
-        return all(observed.record is None for observed in self.waiting)
+        return not self._news
+
+    @property
+    def full(self) -> bool:
+        """The next call has as many items as it may have."""
+        return self._items >= MAX_ITEMS
 
     def take(self) -> tuple[rollout_pb2.RecordObservationsRequest, int]:
         """The next call and how many records it answers: as many as fit into 500 items."""
@@ -71,5 +88,7 @@ class Backlog:
     def done(self, count: int) -> Sequence[Observed]:
         """The leader has them in its log."""
         finished = self.waiting[:count]
+        for observed in finished:
+            self._count(observed, -1)
         del self.waiting[:count]
         return finished

@@ -3,7 +3,7 @@
 * Three stages, each in order and on its own: while the leader answers, the next records are judged, and what it has
   answered is stored. Bounded queues between them hold back whoever is ahead.
 * Nothing leaves a pump as an exception: what fails is repeated with back-off, for ever.
-* One call is outstanding at a time; when behind, it carries several records.
+* One call is outstanding at a time; it carries all that came since the last one, which was a moment ago at least.
 * A record is acknowledged to Kafka only when the leader holds it in its log (or it is on the dead-letter topic). What
   is delivered twice the leader's watermark makes harmless.
 """
@@ -31,8 +31,10 @@ QUEUE: Final = 1000
 """Records that wait for a stage at most."""
 STORES: Final = 4
 """Answered calls that wait to be stored at most."""
+PACE_S: Final = 0.05
+"""From one call to the next at least: each is a transaction, which costs the same for one record as for hundreds."""
 QUIET_S: Final = 0.25
-"""Records in which nothing is new to the leader wait so long for others: how far it was read need not be told often."""
+"""The same while nothing is new to the leader: how far was read need not be told often."""
 KEY_WAIT_S: Final = 10.0
 KEY_POLL_S: Final = 0.02
 Record = Callable[[rollout_pb2.RecordObservationsRequest], Awaitable[rollout_pb2.RecordObservationsResponse]]
@@ -112,30 +114,36 @@ class Pump:
 
     async def _send_all(self) -> None:
         backlog, deliveries = Backlog(self.partition), list[Delivery]()
+        called_at = -QUIET_S
         while True:
-            if not deliveries:
-                self._take(backlog, deliveries, await self._judged.get())
-            while len(deliveries) < QUEUE and not self._judged.empty():
-                self._take(backlog, deliveries, self._judged.get_nowait())
-            if backlog.quiet:
-                await self._gather(backlog, deliveries)
+            await self._gather(backlog, deliveries, called_at)
+            called_at = time.monotonic()
             request, count = backlog.take()
             await self._for_ever(lambda request=request: self._tools.record(request))  # type: ignore[misc]
             self.moved_at = time.monotonic()
             await self._answered.put((deliveries[:count], backlog.done(count)))
             del deliveries[:count]
 
-    async def _gather(self, backlog: Backlog, deliveries: list[Delivery]) -> None:
-        """Take more until something is new to the leader, or for a while."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(QUIET_S):
-                while backlog.quiet and len(deliveries) < QUEUE:
+    async def _gather(self, backlog: Backlog, deliveries: list[Delivery], called_at: float) -> None:
+        """Take what is there, and what comes until it is time for the next call or that would be full."""
+        while len(deliveries) < QUEUE and not backlog.full:
+            if not self._judged.empty():
+                self._take(backlog, deliveries, self._judged.get_nowait())
+                continue
+            if not deliveries:
+                self._take(backlog, deliveries, await self._judged.get())
+                continue
+            early = called_at + (QUIET_S if backlog.quiet else PACE_S) - time.monotonic()
+            if early <= 0:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(early):
                     self._take(backlog, deliveries, await self._judged.get())
 
     @staticmethod
     def _take(backlog: Backlog, deliveries: list[Delivery], judged: tuple[Delivery, Observed]) -> None:
         deliveries.append(judged[0])
-        backlog.waiting.append(judged[1])
+        backlog.add(judged[1])
 
     async def _store_all(self) -> None:
         while True:

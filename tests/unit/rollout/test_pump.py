@@ -139,23 +139,35 @@ async def test_idle_items_refresh_last_seen_and_only_move_the_watermark(bench: B
 
 
 async def test_quiet_records_are_told_of_together_and_not_held_back_by_silence(bench: Bench) -> None:
-    for position in range(1, 6):
+    await bench.deliver(1, idle=True)
+    await bench.until(lambda: bench.acknowledged == [1])
+    for position in range(2, 6):
         await bench.deliver(position, idle=True)
-        await asyncio.sleep(0)
     await bench.until(lambda: bench.acknowledged == [1, 2, 3, 4, 5])
-    assert [call.through_position for call in bench.calls] == [5]
+    assert [call.through_position for call in bench.calls] == [1, 5]
     await bench.pump.stop()
 
 
-async def test_what_is_new_to_the_leader_takes_waiting_quiet_records_along_at_once(bench: Bench) -> None:
+async def test_what_is_new_to_the_leader_does_not_wait_as_long_and_takes_quiet_records_along(bench: Bench) -> None:
     loop = asyncio.get_running_loop()
-    await bench.deliver(1, idle=True)
+    await bench.deliver(1)
+    await bench.until(lambda: bench.acknowledged == [1])
     began = loop.time()
-    await bench.until(lambda: bench.pump._judged.empty() and bench.pump._queue.empty())
-    await bench.deliver(2)
-    await bench.until(lambda: bench.acknowledged == [1, 2])
-    assert loop.time() - began < QUIET_S, "nobody waited for more"
-    assert [([one.position for one in call.records], call.through_position) for call in bench.calls] == [([2], 2)]
+    for position in range(2, 5):
+        await bench.deliver(position, idle=position == 2)
+    await bench.until(lambda: bench.acknowledged == [1, 2, 3, 4])
+    assert loop.time() - began < QUIET_S
+    assert [call.through_position for call in bench.calls] == [1, 4]
+    assert [record.position for record in bench.calls[1].records] == [3, 4]
+    await bench.pump.stop()
+
+
+async def test_a_full_call_does_not_wait(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.rollout.worker.pump.PACE_S", 3600.0)
+    for position in range(1, 2 + MAX_ITEMS):
+        await bench.deliver(position)
+    await bench.until(lambda: len(bench.calls) == 2)
+    assert [len(call.records) for call in bench.calls] == [1, MAX_ITEMS]
     await bench.pump.stop()
 
 
