@@ -44,6 +44,8 @@ STUCK_S: Final = 10.0
 KILL_S: Final = 120.0
 """Faust's consumer is known to stop slowly and silently: then the process ends, to be started anew."""
 CALL_S: Final = 10.0
+SWITCH_S: Final = 0.0005
+"""Faust reads in a thread of its own, which must not wait long for its turn after each piece of what it fetches."""
 FETCH_BYTES: Final = 8 * 1024 * 1024
 """Of one partition at a time: a worker that is behind reads dozens of records at once."""
 
@@ -210,6 +212,7 @@ async def run(settings: Settings) -> int:
     worker = Worker(settings)
     await worker.start()
     tune_collector()
+    sys.setswitchinterval(SWITCH_S)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     status = 0

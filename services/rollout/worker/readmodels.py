@@ -38,8 +38,8 @@ def command(*words: bytes) -> bytes:
 _QUIET: Final = command(b"CLIENT", b"REPLY", b"OFF")
 _LOUD: Final = command(b"CLIENT", b"REPLY", b"ON")
 _KEEP: Final = b"%d" % KEEP_S
-_SET: Final = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b%b\r\n" + command(b"EX", _KEEP).removeprefix(b"*2\r\n")
-"""SET key value EX seconds, the value in two parts. Built in one step, because it is most of the work here."""
+_SET: Final = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b%b\r\n$%d\r\n%b%b\r\n" + command(b"EX", _KEEP).removeprefix(b"*2\r\n")
+"""SET key value EX seconds, both in two parts. Built in one step, because it is most of the work here."""
 
 
 def _refreshed(key: bytes, time: bytes) -> bytes:
@@ -51,7 +51,7 @@ class ReadModels:
     """Writes what a record says of devices."""
 
     def __init__(self, redis: Redis, env: str) -> None:
-        self._prefix = seen_key(env, "")
+        self._prefix = seen_key(env, "").encode()
         self._positions = positions_key(env)
         self._redis = redis
         self._reached: dict[int, int] = {}
@@ -82,12 +82,15 @@ class ReadModels:
 
     def _add(self, commands: list[bytes], observed: Observed) -> None:
         prefix, time = self._prefix, written_time(observed.seen_ms)
-        for device, receipt in observed.seen:
-            key = f"{prefix}{device}".encode()
+        before = len(prefix)
+        for name, receipt in observed.seen:
+            device = name.encode()
             if receipt:
-                commands.append(_SET % (len(key), key, TIME_DIGITS + len(receipt), time, receipt))
+                commands.append(
+                    _SET % (before + len(device), prefix, device, TIME_DIGITS + len(receipt), time, receipt)
+                )
             else:
-                commands.append(_refreshed(key, time))
+                commands.append(_refreshed(prefix + device, time))
 
     async def _write(self, partition: int, position: int, commands: list[bytes]) -> None:
         reached = command(b"HSET", self._positions.encode(), b"%d" % partition, b"%d" % position)
