@@ -131,6 +131,29 @@ async def reaches(world: Installation, attempt: str, state: int) -> None:
     await eventually(there, f"{attempt} in state {state}")
 
 
+async def asked_together(world: Installation, item: device_pb2.CheckInItem, attempt: str) -> None:
+    """Many at once: each gets its own answer or refusal, and strangers spoil the call before anything is decided."""
+    Ask = rollout_pb2.AuthorizeSwitchRequest  # noqa: N806 - a class
+    mine = Ask(organization="acme", attempt=attempt, device=item.device)
+    not_mine = Ask(organization="acme", attempt=attempt, device=f"{item.device}-other")
+    unknown = Ask(organization="acme", attempt=f"{item.device}/attempts/none", device=item.device)
+    request = rollout_pb2.BatchAuthorizeSwitchRequest(
+        organization="acme", requests=[mine, not_mine, unknown, *[mine] * 200]
+    )
+    call = world.internal.BatchAuthorizeSwitch(request, timeout=10)
+    results = (await call).results
+    assert results[0].response.answer == results[-1].response.answer == rollout_pb2.AuthorizeSwitchResponse.ANSWER_GO
+    assert results[1].refusal.code == "ATTEMPT_NOT_YOURS"
+    assert not results[1].HasField("response")
+    assert results[2].response.answer == rollout_pb2.AuthorizeSwitchResponse.ANSWER_CANCEL
+    assert len(results) == 203
+    assert len([key for key, _ in await call.trailing_metadata() or () if key == "x-log-position"]) == 1
+    request.requests.add(organization="other", attempt=attempt, device=item.device)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await world.internal.BatchAuthorizeSwitch(request, timeout=10)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def update(world: Installation, item: device_pb2.CheckInItem) -> None:
     """One device, all the way; its reports go through the topic and the worker."""
     offer = await offered(world, item)
@@ -140,6 +163,7 @@ async def update(world: Installation, item: device_pb2.CheckInItem) -> None:
         rollout_pb2.AuthorizeSwitchRequest(organization="acme", attempt=offer.attempt, device=item.device), timeout=10
     )
     assert go.answer == go.ANSWER_GO
+    await asked_together(world, item, offer.attempt)
     item.running.release, item.running.bundle, item.running.version = offer.release, offer.bundle, offer.version
     await world.publish(say(item, 6, 7, attempt=offer.attempt))
     await reaches(world, offer.attempt, device_pb2.ATTEMPT_STATE_CONFIRMED)

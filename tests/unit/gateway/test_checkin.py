@@ -225,6 +225,14 @@ async def test_go_is_asked_for_by_name(gateway: Gateway) -> None:
     assert gateway.publisher.last.running.version == "1.0.0"
 
 
+async def test_leave_that_the_leader_refuses_is_a_wait_with_its_reason(gateway: Gateway) -> None:
+    refusal = device_pb2.Reason(code="ATTEMPT_NOT_YOURS", message="the attempt is of another device", blocking=True)
+    gateway.switch = rollout_pb2.AuthorizeSwitchResult(refusal=refusal)
+    answer = await gateway.hear(view_of(), attempt={"name": "att", "ask": "go"})
+    assert (answer["answer"], answer["wait"]) == ("wait", {"attempt": "att"})
+    assert [entry["code"] for entry in answer["reasons"]] == ["ATTEMPT_NOT_YOURS"]
+
+
 async def test_a_view_that_is_behind_gives_nothing_and_says_why(gateway: Gateway) -> None:
     gateway.release()
     gateway.stale = ["registry"]
