@@ -75,8 +75,8 @@ def header(record: Record, name: str) -> bytes:
     return b""
 
 
-def read_envelope(record: Record) -> tuple[pb.Envelope, bytes, str]:
-    """(envelope, its bytes, event type). Raises `DecodeError`."""
+def read_headers(record: Record) -> tuple[bytes, str]:
+    """(bytes of the envelope, event type). Raises `DecodeError`."""
     envelope_bytes = b""
     event_type = b""
     for key, value in record.headers:
@@ -86,7 +86,13 @@ def read_envelope(record: Record) -> tuple[pb.Envelope, bytes, str]:
             event_type = value
     if not envelope_bytes or not event_type:
         raise DecodeError("record has no envelope or no event-type header")
-    return pb.Envelope.FromString(envelope_bytes), envelope_bytes, event_type.decode("utf-8", "replace")
+    return envelope_bytes, event_type.decode("utf-8", "replace")
+
+
+def read_envelope(record: Record) -> tuple[pb.Envelope, bytes, str]:
+    """(envelope, its bytes, event type). Raises `DecodeError`."""
+    envelope_bytes, event_type = read_headers(record)
+    return pb.Envelope.FromString(envelope_bytes), envelope_bytes, event_type
 
 
 def decode_result(type_name: str, data: bytes) -> Message | None:

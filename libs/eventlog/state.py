@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import immutables
+import msgspec
 from google.protobuf.message import Message
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
 
 from libs.errors import FailedPreconditionError, InvalidArgumentError
-from libs.eventlog.codec import CorruptLogError, read_envelope, record_hash, types_by_name
+from libs.eventlog.codec import CorruptLogError, read_headers, record_hash, types_by_name
 from libs.eventlog.config import public_topic
 from libs.eventlog.model import Domain, Event, Task, Timer
 from libs.eventlog.ports import Record
@@ -71,11 +72,36 @@ class Claim(NamedTuple):
     timestamp_ms: int
 
 
+class Stamp(msgspec.Struct, frozen=True, gc=False):
+    """What applying a record reads of its envelope; the fields are the envelope's own."""
+
+    event_id: str
+    occurred_at_ms: int
+    epoch: int
+    organization: str
+    resource: str
+    aggregate_version: int
+    principal: str
+    prev_hash: bytes
+    public_seq: int
+    request_digest: bytes = b""
+    request_id: str = ""
+    result_type: str = ""
+    result: bytes = b""
+
+
+def stamp_of(envelope: pb.Envelope) -> Stamp:
+    """As it is read from a log."""
+    return Stamp(*(getattr(envelope, name) for name in Stamp.__struct_fields__))
+
+
 class Foreseen(NamedTuple):
     """What a leader's own record will do to the state it was decided on. Holds only for these very bytes."""
 
     envelope: bytes
     value: bytes
+    stamp: Stamp
+    """What these bytes of the envelope say, so that nobody has to parse them again."""
     head: bytes
     """Link of the audit chain after it."""
     before: object
@@ -236,7 +262,7 @@ class PartitionState(Generic[S]):
         self.on_task_opened: Callable[[str], None] | None = None
         self.on_timer_set: Callable[[Timer], None] | None = None
         self._foreseen: deque[Foreseen] = deque()
-        self._handlers: dict[str, Callable[[Record, pb.Envelope], None]] = {
+        self._handlers: dict[str, Callable[[Record, Stamp | pb.Envelope], None]] = {
             "groundswell.eventlog.v1.LeaderClaimed": self._leader_claimed,
             "groundswell.eventlog.v1.LogBeat": self._log_beat,
             "groundswell.eventlog.v1.InboxAdvanced": self._inbox_advanced,
@@ -265,18 +291,19 @@ class PartitionState(Generic[S]):
         self._foreseen.extend(records)
 
     def _next_foreseen(self, envelope: bytes, value: bytes) -> Foreseen | None:
-        """Whether the record is the one foreseen; the first other one ends all foresight."""
+        """The foreseen record, if this is the one."""
         if not self._foreseen:
             return None
-        foreseen = self._foreseen.popleft()
+        foreseen = self._foreseen[0]
         if foreseen.envelope == envelope and foreseen.value == value and foreseen.before is self.domain:
-            return foreseen
-        self._foreseen.clear()
+            return self._foreseen.popleft()
         return None
 
     def apply(self, record: Record) -> str:
         """Fold one record; return its event id."""
-        envelope, envelope_bytes, event_type = read_envelope(record)
+        envelope_bytes, event_type = read_headers(record)
+        foreseen = self._next_foreseen(envelope_bytes, record.value)
+        envelope = foreseen.stamp if foreseen is not None else pb.Envelope.FromString(envelope_bytes)
         if record.position <= self.applied:
             raise CorruptLogError(f"position {record.position} after {self.applied}")
         handler = self._handlers.get(event_type)
@@ -287,11 +314,15 @@ class PartitionState(Generic[S]):
                     f"record {record.position} was written under epoch {envelope.epoch}, "
                     f"but the log is claimed for {claim.epoch if claim else 'nobody'}"
                 )
-        foreseen = None
-        if handler is None:
-            foreseen = self._next_foreseen(envelope_bytes, record.value)
-        elif event_type == "groundswell.eventlog.v1.LeaderClaimed":
+        if foreseen is None and (handler is None or event_type == "groundswell.eventlog.v1.LeaderClaimed"):
+            # Another record than the next one foreseen ends all foresight.
             self._foreseen.clear()
+        elif (
+            foreseen is not None
+            and self._schema.verify
+            and stamp_of(pb.Envelope.FromString(envelope_bytes)) != envelope
+        ):
+            raise FoldDifferenceError(f"the envelope of {event_type} at {record.position}")
         organization = envelope.organization
         if organization:
             if self.heads.get(organization, b"") != envelope.prev_hash:
@@ -343,7 +374,9 @@ class PartitionState(Generic[S]):
         self.timers, self.inbox, self.heads = timers, inbox, heads
         self.requests.restore(requests)
 
-    def _domain_event(self, record: Record, envelope: pb.Envelope, event_type: str, foreseen: Foreseen | None) -> None:
+    def _domain_event(
+        self, record: Record, envelope: Stamp | pb.Envelope, event_type: str, foreseen: Foreseen | None
+    ) -> None:
         kind = self._schema.types.get(event_type)
         if kind is None:
             raise CorruptLogError(f"this build does not know {event_type} at {record.position}")
@@ -372,7 +405,7 @@ class PartitionState(Generic[S]):
             domain = foreseen.after
         self.domain = domain
 
-    def _leader_claimed(self, record: Record, envelope: pb.Envelope) -> None:
+    def _leader_claimed(self, record: Record, envelope: Stamp | pb.Envelope) -> None:
         claimed = pb.LeaderClaimed.FromString(record.value)
         if claimed.partition_count != self._schema.partitions:
             raise CorruptLogError(
@@ -381,45 +414,45 @@ class PartitionState(Generic[S]):
             )
         self.claim = Claim(claimed.node, claimed.address, envelope.epoch, record.position, record.timestamp_ms)
 
-    def _log_beat(self, record: Record, envelope: pb.Envelope) -> None:
+    def _log_beat(self, record: Record, envelope: Stamp | pb.Envelope) -> None:
         """Changes nothing; it may carry a request's result."""
 
-    def _inbox_advanced(self, record: Record, envelope: pb.Envelope) -> None:
+    def _inbox_advanced(self, record: Record, envelope: Stamp | pb.Envelope) -> None:
         del envelope
         data = pb.InboxAdvanced.FromString(record.value)
         self.inbox[(data.topic, data.partition)] = Watermark(data.position, data.public_seq, data.log_id)
 
-    def _inbox_parked(self, record: Record, envelope: pb.Envelope) -> None:
+    def _inbox_parked(self, record: Record, envelope: Stamp | pb.Envelope) -> None:
         del envelope
         data = pb.InboxParked.FromString(record.value)
         parked = Parked(data.partition, data.position, data.public_seq, data.event_type)
         self.parked = self.parked.set((data.topic, data.resource), parked)
 
-    def _inbox_unparked(self, record: Record, envelope: pb.Envelope) -> None:
+    def _inbox_unparked(self, record: Record, envelope: Stamp | pb.Envelope) -> None:
         del envelope
         data = pb.InboxUnparked.FromString(record.value)
         if (data.topic, data.resource) in self.parked:
             self.parked = self.parked.delete((data.topic, data.resource))
 
-    def _task_opened(self, record: Record, envelope: pb.Envelope) -> None:
+    def _task_opened(self, record: Record, envelope: Stamp | pb.Envelope) -> None:
         data = pb.TaskOpened.FromString(record.value)
         self.tasks = self.tasks.set(data.task_id, Task(data.task_id, data.kind, data.payload, envelope.organization))
         if self.on_task_opened is not None:
             self.on_task_opened(data.task_id)
 
-    def _task_closed(self, record: Record, envelope: pb.Envelope) -> None:
+    def _task_closed(self, record: Record, envelope: Stamp | pb.Envelope) -> None:
         del envelope
         data = pb.TaskClosed.FromString(record.value)
         if data.task_id in self.tasks:
             self.tasks = self.tasks.delete(data.task_id)
 
-    def _timer_set(self, record: Record, envelope: pb.Envelope) -> None:
+    def _timer_set(self, record: Record, envelope: Stamp | pb.Envelope) -> None:
         data = pb.TimerSet.FromString(record.value)
         timer = Timer(data.timer_id, data.kind, data.at_ms, data.payload, envelope.organization)
         self.timers[data.timer_id] = timer
         if self.on_timer_set is not None:
             self.on_timer_set(timer)
 
-    def _timer_cleared(self, record: Record, envelope: pb.Envelope) -> None:
+    def _timer_cleared(self, record: Record, envelope: Stamp | pb.Envelope) -> None:
         del envelope
         self.timers.pop(pb.TimerCleared.FromString(record.value).timer_id, None)

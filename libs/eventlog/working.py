@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Generic, NamedTuple, TypeVar
 
+import msgspec
 from google.protobuf.message import Message
 from groundswell.eventlog.v1 import eventlog_pb2 as pb
 
@@ -19,7 +20,7 @@ from libs.eventlog.codec import ENVELOPE, EVENT_TYPE, LOG_ID, new_id, record_has
 from libs.eventlog.config import partition_of
 from libs.eventlog.model import Command, Decision, Event, NewEvent, Task, Timer
 from libs.eventlog.ports import NewRecord
-from libs.eventlog.state import Foreseen, Parked, PartitionState, RequestEntry, RequestKey, Schema, Watermark
+from libs.eventlog.state import Foreseen, Parked, PartitionState, RequestEntry, RequestKey, Schema, Stamp, Watermark
 
 S = TypeVar("S")
 
@@ -147,6 +148,9 @@ class Working(Generic[S]):
         self._writer = writer
         self._private = pb.Envelope(origin=writer.address, epoch=writer.epoch)
         self._public = pb.Envelope(origin=writer.address, epoch=writer.epoch)
+        self._private_origin: Asker | None = None
+        self._public_origin: Asker | None = None
+        """Who the envelopes already speak of."""
         self._log_id = (LOG_ID, base.log_id.encode())
         self._id_prefix = new_id()[:22]
         self._id_count = 0
@@ -211,6 +215,7 @@ class Working(Generic[S]):
             self._own.versions[event.resource] = version
             if public_values:
                 self._publish(event, version, public_values, origin)
+            before = self._head(event.organization)
             envelope = self._append(
                 type_header(event.payload),
                 value,
@@ -221,7 +226,8 @@ class Working(Generic[S]):
                 decision if index == answering else None,
             )
             head = self._own.heads.get(event.organization, b"")
-            self.foreseen.append(Foreseen(envelope, value, head, self.domain, after))
+            stamp = self._stamp(origin, event, version, before, decision if index == answering else None)
+            self.foreseen.append(Foreseen(envelope, value, stamp, head, self.domain, after))
             self.domain = after  # type: ignore[assignment]
         self.events += len(decision.events) + len(planned)
         for payload, organization in planned:
@@ -364,10 +370,12 @@ class Working(Generic[S]):
 
     def _publish(self, event: NewEvent, version: int, values: list[bytes], origin: Asker) -> None:
         envelope = self._public
+        if origin is not self._public_origin:
+            self._public_origin = origin
+            envelope.principal = origin.principal
+            envelope.trace_parent = origin.trace_parent
         envelope.organization = event.organization
         envelope.aggregate_version = version
-        envelope.principal = origin.principal
-        envelope.trace_parent = origin.trace_parent
         key = event.organization.encode()
         for public, value in zip(event.public, values, strict=True):
             self.public_seq += 1
@@ -387,6 +395,27 @@ class Working(Generic[S]):
                     ],
                 )
             )
+
+    def _stamp(self, origin: Asker, event: NewEvent, version: int, prev_hash: bytes, answer: Decision | None) -> Stamp:
+        """What the envelope of the record appended last says."""
+        said = Stamp(
+            self.last_event_id,
+            self.now_ms,
+            self._writer.epoch,
+            event.organization,
+            event.resource,
+            version,
+            origin.principal,
+            prev_hash,
+            self.public_seq,
+            request_id=origin.request_id,
+        )
+        if answer is None:
+            return said
+        entry = self._own.requests[(origin.organization, origin.principal, origin.request_id)]
+        return msgspec.structs.replace(
+            said, request_digest=entry.digest, result_type=entry.result_type, result=entry.result
+        )
 
     def _append_message(
         self, payload: Message, origin: Asker, organization: str = "", answer: Decision | None = None
@@ -408,12 +437,14 @@ class Working(Generic[S]):
         # One message, filled again for each record: building a new one costs several times as much.
         envelope = self._private
         envelope.event_id = self.last_event_id = self._event_id()
+        if origin is not self._private_origin:
+            self._private_origin = origin
+            envelope.request_id = origin.request_id
+            envelope.principal = origin.principal
+            envelope.trace_parent = origin.trace_parent
         envelope.organization = organization
         envelope.resource = resource
         envelope.aggregate_version = version
-        envelope.request_id = origin.request_id
-        envelope.principal = origin.principal
-        envelope.trace_parent = origin.trace_parent
         envelope.prev_hash = self._head(organization)
         envelope.public_seq = self.public_seq
         if answer is not None:

@@ -17,7 +17,9 @@ from groundswell.rollout.v1 import rollout_pb2
 MAX_ITEMS: Final = 500
 LINGER_S: Final = 0.004
 MOST_CALLS: Final = 2
-"""Calls of each kind under way for one organization."""
+"""Calls of each kind under way for one organization, as long as they are answered in time."""
+HOLD_S: Final = 0.25
+"""Nobody waits longer for calls under way: one that hangs must not hold up the others."""
 
 ClaimCall = Callable[[rollout_pb2.ClaimOffersRequest], Awaitable[rollout_pb2.ClaimOffersResponse]]
 SwitchCall = Callable[[rollout_pb2.BatchAuthorizeSwitchRequest], Awaitable[rollout_pb2.BatchAuthorizeSwitchResponse]]
@@ -28,8 +30,8 @@ A = TypeVar("A")
 class Questions(Generic[Q, A]):
     """Puts the questions of an organization's devices to the leader, many in one call, each with its own answer.
 
-    A call takes what came up in the last milliseconds, and while two calls are under way whatever comes up waits for
-    one of them: the busier the leader, the fewer and larger the calls.
+    A call takes what came up in the last milliseconds, and while two calls are under way whatever comes up waits a
+    while for one of them: the busier the leader, the fewer and larger the calls.
     """
 
     def __init__(self, call: Callable[[str, list[Q]], Awaitable[Sequence[A]]]) -> None:
@@ -46,15 +48,21 @@ class Questions(Generic[Q, A]):
         if queue is None:
             queue = self._waiting[organization] = []
             loop.call_later(LINGER_S, self._flush, organization)
+            loop.call_later(HOLD_S, self._flush_held, organization, queue)
         queue.append((question, future))
         return await future
 
-    def _flush(self, organization: str) -> None:
-        while self._waiting.get(organization) and self._under_way[organization] < MOST_CALLS:
+    def _flush_held(self, organization: str, queue: list[tuple[Q, asyncio.Future[A]]]) -> None:
+        if self._waiting.get(organization) is queue:
+            self._flush(organization, most_calls=self._under_way[organization] + 1)
+
+    def _flush(self, organization: str, *, most_calls: int = MOST_CALLS) -> None:
+        while self._waiting.get(organization) and self._under_way[organization] < most_calls:
             queue = self._waiting.pop(organization)
             if len(queue) > MAX_ITEMS:
-                self._waiting[organization] = queue[MAX_ITEMS:]
+                rest = self._waiting[organization] = queue[MAX_ITEMS:]
                 del queue[MAX_ITEMS:]
+                asyncio.get_running_loop().call_later(HOLD_S, self._flush_held, organization, rest)
             self._under_way[organization] += 1
             task = asyncio.get_running_loop().create_task(self._send(organization, queue))
             self._running.add(task)

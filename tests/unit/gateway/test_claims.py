@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.gateway.claims import MAX_ITEMS, MOST_CALLS, Questions
+from services.gateway.claims import HOLD_S, MAX_ITEMS, MOST_CALLS, Questions
 
 
 class Leader:
@@ -64,6 +64,19 @@ async def test_while_calls_are_under_way_what_comes_up_waits_and_goes_together(l
     leader.gate.set()
     assert [item for item, _ in await asyncio.gather(*asked, stranger)] == [*range(20), 1]
     assert leader.calls[-1] == ("acme", list(range(MOST_CALLS, 20)))
+
+
+async def test_a_call_that_hangs_holds_up_nobody_for_long(leader: Leader) -> None:
+    leader.gate.clear()
+    asked = []
+    for number in range(MOST_CALLS + 1):
+        asked.append(asyncio.ensure_future(leader.questions.ask("acme", number)))
+        await until(leader, min(number + 1, MOST_CALLS))
+    began = asyncio.get_running_loop().time()
+    await until(leader, MOST_CALLS + 1)
+    assert asyncio.get_running_loop().time() - began < HOLD_S * 4
+    leader.gate.set()
+    assert [item for item, _ in await asyncio.gather(*asked)] == [0, 1, 2]
 
 
 async def test_an_error_reaches_everyone_who_waited_for_that_call_and_the_next_call_is_made(leader: Leader) -> None:
