@@ -97,6 +97,8 @@ class Leadership(Generic[S]):
         """Claim and serve until stopped (returns) or unseated (raises one of `RESIGNATIONS`)."""
         try:
             await self._claim()
+            # Whoever holds its own claim has read all before it, though the tail may still stand before a marker.
+            self.replica.mark_caught_up()
             self.serving = self.has_served = True
             if self.on_serving is not None:
                 self.on_serving()

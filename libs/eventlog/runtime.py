@@ -25,6 +25,7 @@ from libs.eventlog.config import (
     public_topic,
 )
 from libs.eventlog.deadline import Deadline, monotonic
+from libs.eventlog.ending import end
 from libs.eventlog.freshness import Freshness
 from libs.eventlog.inbox import Inbox
 from libs.eventlog.leader import RESIGNATIONS, ClaimFailedError, Leadership, NotLeaderError, outcome_unknown
@@ -130,15 +131,15 @@ class Runtime(Generic[S]):
         seats = [seat.task for seat in self._seats.values() if seat.task is not None]
         if seats:
             _, late = await asyncio.wait(seats, timeout=self.config.read_back_s)
-            await _cancel(*late)
+            await end(*late)
         election = self._supervised.get("election")
         if election is not None:
-            await _cancel(election)
+            await end(election)
 
     async def stop(self) -> None:
         """Step down, and stop reading."""
         await self.step_down()
-        await _cancel(*self._supervised.values())
+        await end(*self._supervised.values())
         if self._snapshot_store is not None:
             await self._snapshot_store.close()
 
@@ -146,7 +147,7 @@ class Runtime(Generic[S]):
         """End as a crash would, finishing nothing and telling nobody; for simulations."""
         self._stopping = self._killed = True
         seats = [seat.task for seat in self._seats.values() if seat.task is not None]
-        await _cancel(*self._supervised.values(), *seats)
+        await end(*self._supervised.values(), *seats)
 
     async def wait_ready(self, deadline: Deadline) -> None:
         """Wait until every partition can be read."""
@@ -277,7 +278,7 @@ class Runtime(Generic[S]):
         finally:
             seat.inbox = None
             seat.leadership = None
-            await _cancel(*helpers)
+            await end(*helpers)
             await tasks.close()
 
     def _leader_of(self, partition: int) -> Leadership[S] | None:
@@ -459,9 +460,3 @@ def _until_unseated(leadership: Leadership[S], body: Callable[[], Awaitable[None
                 raise
 
     return run
-
-
-async def _cancel(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

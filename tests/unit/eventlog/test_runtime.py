@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import pytest
@@ -85,6 +85,29 @@ async def test_before_the_election_nothing_is_ready(world: World) -> None:
     health = replica.runtime.health()
     assert health.ready
     assert health.live
+
+
+async def test_who_answers_commands_also_answers_reads(world: World) -> None:
+    """The tail may stand before a marker that was the end when it started: the leader's own claim came after it."""
+    log = MemoryLog()
+    measured = log.end_positions
+
+    async def further(places: Iterable[TopicPartition]) -> dict[TopicPartition, int]:
+        return {place: end + 1000 for place, end in (await measured(places)).items()}
+
+    log.end_positions = further  # type: ignore[method-assign]
+
+    async def nothing(_step: str) -> None:
+        """With a hook, a start does not wait until everything is read."""
+
+    found = World(f"{world.env}x", lambda: log)
+    replica = await found.start(hooks=[nothing])
+    with pytest.raises(UnavailableError, match="NOT_READY"):
+        replica.runtime.snapshot(ORGANIZATION)
+    await replica.lead()
+    await replica.put("a", "1")
+    assert replica.values()["a"] == "1"
+    await found.close()
 
 
 async def test_an_expired_deadline_starts_nothing(world: World) -> None:
