@@ -19,6 +19,7 @@ BENCHMARKS = (
     "bench.checkins",
     "bench.worker",
     "bench.cycles",
+    "bench.stops",
 )
 
 

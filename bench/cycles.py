@@ -96,7 +96,7 @@ class Device(asyncio.Protocol):
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(ConnectionError("the gateway closed the connection"))
 
-    async def _say(self, **more: Any) -> dict[str, Any]:
+    async def say(self, **more: Any) -> dict[str, Any]:
         self._counter += 1
         raw = encode({"agent": {**self._agent, "counter": self._counter}, "running": self._running, **more})
         self._answer = self._loop.create_future()
@@ -106,7 +106,7 @@ class Device(asyncio.Protocol):
 
     async def _until(self, kind: str, **more: Any) -> dict[str, Any]:
         while True:
-            answer = await self._say(**more)
+            answer = await self.say(**more)
             if answer.get("answer") == kind:
                 return answer
             await asyncio.sleep(RETRY_S)
@@ -115,7 +115,7 @@ class Device(asyncio.Protocol):
         self._counter += 1
         report = {"counter": self._counter, "attempt": attempt, "state": state}
         while True:
-            answer = await self._say(reports=[report], **more)
+            answer = await self.say(reports=[report], **more)
             if answer.get("reports_accepted_through", 0) >= report["counter"]:
                 return
             await asyncio.sleep(RETRY_S)
