@@ -128,7 +128,8 @@ def main(devices: int, trials: int) -> None:
         cas, rollouts, offers = uvloop.run(stops(tenant, identities, trials))
         print(
             f"stops: {devices} devices poll once a second; after a CA was suspended the last check-in was accepted "
-            f"{max(cas) * 1000:.0f} ms after the answer (worst of {trials}, median {statistics.median(cas) * 1000:.0f}); "
+            f"{max(cas) * 1000:.0f} ms after the answer (worst of {trials}, "
+            f"median {statistics.median(cas) * 1000:.0f}); "
             f"after a rollout was paused amid {min(offers)} to {max(offers)} offers the last one was given out "
             f"{max(rollouts) * 1000:.0f} ms after (median {statistics.median(rollouts) * 1000:.0f}); "
             f"{what_else_ran()}"
