@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import ssl
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -185,6 +186,51 @@ async def test_refusals_and_mistakes_are_answers_and_the_connection_goes_on(stac
         assert (answer[0], answer[1]["error"]["reason"]) == (status, reason)
     assert (await device.ask(check_in(b"well")))[0] == 200
     assert stack.api.by_aiohttp == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_however_it_is_cut_a_stream_of_requests_has_its_answers_in_order(stack: Stack, seed: int) -> None:
+    """Plain and odd ones mixed: sooner or later aiohttp has the connection, and nothing is lost on the way."""
+    dice = random.Random(seed)
+    stack.api.gate.set()
+    requests: list[tuple[bytes, int, str]] = []
+    for number in range(40):
+        said = f"{number}" + "x" * dice.randrange(300)
+        kind = dice.choices(("plain", "slow", "refused", "chunked", "elsewhere"), (20, 6, 3, 1, 1))[0]
+        chunk = f"{len(said):x}\r\n{said}\r\n0\r\n\r\n".encode()
+        requests.append(
+            {
+                "plain": (check_in(said.encode()), 200, said),
+                "slow": (check_in(f"slow{said}".encode()), 200, f"slow{said}"),
+                "refused": (check_in(b"refused"), 403, "DEVICE_RETIRED"),
+                "chunked": (
+                    check_in(chunk, "Transfer-Encoding: chunked").replace(b"Content-Length", b"X-L"),
+                    200,
+                    said,
+                ),
+                "elsewhere": (f"GET /{number} HTTP/1.1\r\nHost: {NAME}\r\n\r\n".encode(), 404, "NO_SUCH_ROUTE"),
+            }[kind]
+        )
+    device = await stack.connect()
+    stream, at = b"".join(request for request, _, _ in requests), 0
+    answering = asyncio.create_task(answers(device, len(requests)))
+    while at < len(stream):
+        size = dice.choice((1, 7, 80, 200, 1000, 5000))
+        device.writer.write(stream[at : at + size])
+        at += size
+        if dice.random() < 0.3:
+            await asyncio.sleep(0.001)
+    assert await answering == [(status, word) for _, status, word in requests]
+
+
+async def answers(device: Device, count: int) -> list[tuple[int, str]]:
+    """Status of each answer, and the body that was said, or the reason."""
+    found = []
+    for _ in range(count):
+        status, _, body = await device.answer()
+        told = json.loads(body)
+        found.append((status, told["body"] if status == 200 else told["error"]["reason"]))
+    return found
 
 
 async def test_a_download_is_redirected(stack: Stack) -> None:
