@@ -28,12 +28,14 @@ from libs.rpc.access import PLATFORM
 from libs.rpc.certificates import CertificateFiles
 from libs.seal import accepted_keys
 from libs.settings import Settings
+from services.gateway import malformed
 from services.gateway.checkin import CheckInHandler
 from services.gateway.claims import ClosedPlans, claims, switches
 from services.gateway.connection import IDLE_S, STOP_S, Listener
 from services.gateway.directory import DeviceDirectory
 from services.gateway.http import DeviceApi
 from services.gateway.identity import DeviceTls, HandshakeFailures
+from services.gateway.malformed import MalformedRequests
 from services.gateway.publisher import CheckInPublisher
 from services.gateway.views import GatewayViews
 
@@ -94,6 +96,7 @@ class Gateway:
         self._runners: list[web.AppRunner] = []
         self._server: asyncio.Server | None = None
         self._listener: Listener | None = None
+        self._malformed = MalformedRequests()
         self._listening = False
 
     async def start(self) -> None:
@@ -172,6 +175,7 @@ class Gateway:
         return runner
 
     async def _listen(self, api: DeviceApi) -> None:
+        logging.getLogger(malformed.LOGGER).addFilter(self._malformed)
         server = (await self._runner(api.application())).server
         if server is None:
             raise RuntimeError("aiohttp made no server")
@@ -198,6 +202,7 @@ class Gateway:
                 "views": self._views.summary(),
                 "devices": self._directory.summary(),
                 "connections_cut": self._listener.cut if self._listener is not None else 0,
+                "malformed_requests": self._malformed.count,
                 "handshake_failures": {str(code): count for code, count in self._failures.counts.items()},
                 "unacknowledged_records": self._publisher.failures if self._publisher is not None else 0,
                 "dropped_items": self._publisher.dropped if self._publisher is not None else 0,
