@@ -49,7 +49,7 @@ class Fleet:
         while True:
             sent = time.perf_counter()
             answer = await device.say()
-            self.heard.append((sent, str(answer.get("answer") or answer["error"]["reason"])))
+            self.heard.append((sent, answer.answer if answer.error is None else answer.error.reason))
             await asyncio.sleep(max(0.0, sent + POLL_S - time.perf_counter()))
 
     def last(self, let_through: Callable[[str], bool]) -> float:

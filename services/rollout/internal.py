@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import Any, Final
 
 from google.protobuf.message import Message
-from groundswell.device.v1 import device_pb2
 from groundswell.rollout.v1 import rollout_pb2, rollout_pb2_grpc
 
-from libs.errors import DomainError, InvalidArgumentError
-from libs.eventlog import Command, Committed, Deadline, Runtime, partition_of
+from libs.errors import InvalidArgumentError
+from libs.eventlog import Command, Deadline, Runtime, partition_of
 from libs.rpc import report_position
-from services.rollout.domain import AuthorizeSwitch, ClaimOffers, RecordObservations, State
+from services.rollout.domain import AuthorizeSwitch, AuthorizeSwitches, ClaimOffers, RecordObservations, State
 from services.rollout.keys import routing_key
 from services.rollout.offers import OfferBuilder
 
@@ -30,14 +28,11 @@ class RolloutInternalServicer(rollout_pb2_grpc.RolloutInternalServiceServicer):
         self._routing_keys = [routing_key(partition, partitions) for partition in range(partitions)]
 
     async def _submit(self, organization: str, payload: object, principal: str, context: Any) -> Message | None:
-        committed = await self._committed(organization, payload, principal, context)
-        report_position(committed.token)
-        return committed.result
-
-    async def _committed(self, organization: str, payload: object, principal: str, context: Any) -> Committed:
         left = context.time_remaining() if context is not None else None
         deadline = Deadline.after(min(left or MAX_DEADLINE_S, MAX_DEADLINE_S))
-        return await self._runtime.submit(Command(organization, payload, principal=principal), deadline)
+        committed = await self._runtime.submit(Command(organization, payload, principal=principal), deadline)
+        report_position(committed.token)
+        return committed.result
 
     def _inbox_lag_ms(self, organization: str) -> float:
         return self._runtime.inbox_lag(partition_of(organization, self._partitions)) * 1000
@@ -69,30 +64,10 @@ class RolloutInternalServicer(rollout_pb2_grpc.RolloutInternalServiceServicer):
         self, request: rollout_pb2.BatchAuthorizeSwitchRequest, context: Any
     ) -> rollout_pb2.BatchAuthorizeSwitchResponse:
         """Decided one by one and committed together."""
-        strangers = {one.organization for one in request.requests} - {request.organization}
-        if strangers:
+        if any(one.organization != request.organization for one in request.requests):
             raise InvalidArgumentError("INVALID_FIELD", "a request is of another organization", field="requests")
-        lag_ms = self._inbox_lag_ms(request.organization)
-        outcomes = await asyncio.gather(
-            *(
-                self._committed(request.organization, AuthorizeSwitch(one, lag_ms), "gateway", context)
-                for one in request.requests
-            ),
-            return_exceptions=True,
-        )
-        results, token = [], None
-        for outcome in outcomes:
-            if isinstance(outcome, DomainError):
-                refusal = device_pb2.Reason(code=outcome.reason, message=outcome.message, blocking=True)
-                results.append(rollout_pb2.AuthorizeSwitchResult(refusal=refusal))
-            elif isinstance(outcome, BaseException):
-                raise outcome
-            else:
-                results.append(rollout_pb2.AuthorizeSwitchResult(response=outcome.result))  # type: ignore[arg-type]
-                token = outcome.token
-        if token is not None:
-            report_position(token)  # of the last: all were committed up to there
-        return rollout_pb2.BatchAuthorizeSwitchResponse(results=results)
+        command = AuthorizeSwitches(request, self._inbox_lag_ms(request.organization))
+        return await self._submit(request.organization, command, "gateway", context)  # type: ignore[return-value]
 
     async def RecordObservations(  # noqa: N802
         self, request: rollout_pb2.RecordObservationsRequest, context: Any

@@ -168,12 +168,14 @@ def test_a_forged_download_link_is_refused(home: Tenant) -> None:
 
 def observed(stack: Stack, tenant: Tenant, device_id: str) -> list[tuple[int, str, bool]]:
     """Counter, version and cloned of each observation of a device in the rollout log."""
-    return [
-        (message.counter, message.running.version, message.cloned)
-        for entry in logs.entries(stack, "rollout", tenant.organization)
-        if isinstance(message := entry.message(), rollout_events.DeviceObserved)
-        and message.device == tenant.device_name(device_id)
-    ]
+    told: list[rollout_events.DeviceObserved] = []
+    for entry in logs.entries(stack, "rollout", tenant.organization):
+        message = entry.message()
+        if isinstance(message, rollout_events.AttemptMoved):
+            message = message.observed
+        if isinstance(message, rollout_events.DeviceObserved) and message.device == tenant.device_name(device_id):
+            told.append(message)
+    return [(message.counter, message.running.version, message.cloned) for message in told]
 
 
 def _runs(version: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from services.rollout.domain import summary
 from services.rollout.domain.commands import (
     AuthorizeSwitch,
+    AuthorizeSwitches,
     ClaimOffers,
     Control,
     CreateRollout,
@@ -15,6 +16,7 @@ from services.rollout.domain.state import State
 
 __all__ = [
     "AuthorizeSwitch",
+    "AuthorizeSwitches",
     "ClaimOffers",
     "Control",
     "CreateRollout",

@@ -124,7 +124,15 @@ def grant(draft: Draft, granted: events_pb2.AttemptGranted) -> Attempt:
     return draft.state.attempts[name]
 
 
-def move(draft: Draft, attempt: Attempt, to: int, code: str = "", detail: str = "") -> None:
+def move(
+    draft: Draft,
+    attempt: Attempt,
+    to: int,
+    code: str = "",
+    detail: str = "",
+    *,
+    observed: events_pb2.DeviceObserved | None = None,
+) -> None:
     """Append one step of the table; the caller asked ``may_move`` (or renews the lease by ``to == attempt.state``)."""
     if to == EXPIRED and draft.state.tries.get(tries_of(draft.state, attempt), _NONE).expired + 1 >= LAST_EXPIRY:
         to = FAILED
@@ -142,6 +150,7 @@ def move(draft: Draft, attempt: Attempt, to: int, code: str = "", detail: str = 
         rollout=attempt.rollout,
         stage=attempt.stage,
         in_flight_after=in_flight,
+        observed=observed,
     )
     changed = to != attempt.state
 

@@ -9,7 +9,7 @@ from groundswell.device.v1 import device_pb2
 from groundswell.releases.v1 import releases_pb2
 from groundswell.rollout.v1 import events_pb2, rollout_pb2
 
-from libs.errors import FailedPreconditionError, PermissionDeniedError
+from libs.errors import DomainError, FailedPreconditionError, PermissionDeniedError
 from services.rollout.domain import attempts, stages
 from services.rollout.domain.admission import (
     INBOX_LIMIT_MS,
@@ -21,7 +21,7 @@ from services.rollout.domain.admission import (
     judge_release,
     standing_refusal,
 )
-from services.rollout.domain.commands import AuthorizeSwitch, ClaimOffers
+from services.rollout.domain.commands import AuthorizeSwitches, ClaimOffers
 from services.rollout.domain.draft import Draft
 from services.rollout.domain.observe import fold_item
 from services.rollout.domain.rollback import Hold, hold, judge_way_back
@@ -226,9 +226,25 @@ def _say_if_ended(draft: Draft, item: rollout_pb2.ClaimItem, result: rollout_pb2
 # Leave to switch ---------------------------------------------------------------------------------------------------
 
 
-def authorize_switch(draft: Draft, command: AuthorizeSwitch) -> rollout_pb2.AuthorizeSwitchResponse:
-    """Every admission check again except the caps; GO_GIVEN is in the log before the answer is."""
-    request = command.request
+def authorize_switches(draft: Draft, command: AuthorizeSwitches) -> rollout_pb2.BatchAuthorizeSwitchResponse:
+    """Each is decided for itself, on the state the earlier ones left; a refusal concerns no other."""
+    response = rollout_pb2.BatchAuthorizeSwitchResponse()
+    for request in command.request.requests:
+        result = response.results.add()
+        try:
+            result.response.CopyFrom(authorize_switch(draft, request, command.inbox_lag_ms))
+        except DomainError as error:
+            result.refusal.CopyFrom(attempts.reason(error.reason, error.message, blocking=True))
+    return response
+
+
+def authorize_switch(
+    draft: Draft, request: rollout_pb2.AuthorizeSwitchRequest, inbox_lag_ms: float
+) -> rollout_pb2.AuthorizeSwitchResponse:
+    """Every admission check again except the caps; GO_GIVEN is in the log before the answer is.
+
+    Raises before anything is drafted, or not at all.
+    """
     attempt = draft.state.attempts.get(request.attempt)
     if attempt is not None and attempt.device != request.device:
         raise PermissionDeniedError("ATTEMPT_NOT_YOURS", "the attempt is of another device", attempt=request.attempt)
@@ -248,7 +264,7 @@ def authorize_switch(draft: Draft, command: AuthorizeSwitch) -> rollout_pb2.Auth
         return _switch(
             _Answer.ANSWER_WAIT, Refusal("ALREADY_SWITCHED", "the device reported its new slot", attempt.name)
         )
-    stale = command.inbox_lag_ms > INBOX_LIMIT_MS
+    stale = inbox_lag_ms > INBOX_LIMIT_MS
     refusal = _STALE if stale else standing_refusal(draft.state, draft.ctx, attempt)
     if refusal is None:
         valid_for_s = attempt.policy.go_valid_ms / 1000

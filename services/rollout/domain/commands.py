@@ -25,6 +25,14 @@ class AuthorizeSwitch:
 
 
 @dataclass(frozen=True, slots=True)
+class AuthorizeSwitches:
+    """Devices ask for ``go``, each for itself."""
+
+    request: rollout_pb2.BatchAuthorizeSwitchRequest
+    inbox_lag_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class RecordObservations:
     """Records of the check-in stream; ``routing_key`` is any key of the leader's partition."""
 

@@ -11,9 +11,10 @@ from groundswell.releases.v1 import events_pb2 as releases_events
 
 from libs.eventlog.model import Context, Decision, Event, Foreign, TimerFired
 from services.rollout.domain import stages
-from services.rollout.domain.claiming import authorize_switch, claim_offers
+from services.rollout.domain.claiming import authorize_switch, authorize_switches, claim_offers
 from services.rollout.domain.commands import (
     AuthorizeSwitch,
+    AuthorizeSwitches,
     ClaimOffers,
     Control,
     CreateRollout,
@@ -36,7 +37,9 @@ def decide(state: State, command: object, ctx: Context) -> Decision:
         case ClaimOffers():
             return draft.decision(claim_offers(draft, command))
         case AuthorizeSwitch():
-            return draft.decision(authorize_switch(draft, command))
+            return draft.decision(authorize_switch(draft, command.request, command.inbox_lag_ms))
+        case AuthorizeSwitches():
+            return draft.decision(authorize_switches(draft, command))
         case RecordObservations():
             return draft.decision(record_observations(draft, command))
         case Foreign():

@@ -59,8 +59,8 @@ class Draft:
     ) -> None:
         """Append an event and fold it; ``public`` is asked for the after-images on the folded state."""
         organization = organization or organization_of(resource)
-        version = self.next_version(resource)
-        self._versions[resource] = self._versions.get(resource, 0) + 1
+        own = self._versions[resource] = self._versions.get(resource, 0) + 1
+        version = self.ctx.version(resource) + own
         event = Event(organization, resource, version, payload, self.ctx.now_ms, self.ctx.principal)
         self.state = evolve(self.state, event)
         self._folded.append(self.state)

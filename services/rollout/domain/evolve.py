@@ -1,7 +1,9 @@
 """The fold: state after an event. Counters, indexes and deadlines follow from the events alone.
 
 Invariants: a counter of a plan changes only here, by the difference between an attempt before and after its event; an
-attempt with a deadline is in exactly one bucket of ``due``, one without is in none.
+attempt with a deadline is in exactly one bucket of ``due``, that of its deadline or an earlier one, and one without is
+in none. Deadlines mostly move later, with each sign of life: an attempt moves to its own bucket only when stream time
+comes to the one it is in.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from services.rollout.domain.state import (
     DUE_BUCKET_MS,
     FAILED,
     FORWARD,
+    NO_BUCKET,
     PLAIN_POLICY,
     REVERTED,
     ROLLBACK,
@@ -47,6 +50,8 @@ ACTIVE_STATES: Final = frozenset(
     {_Rollout.STATE_RUNNING, _Rollout.STATE_PAUSED, _Rollout.STATE_HALTED, _Rollout.STATE_ROLLING_BACK}
 )
 """States in which a rollout holds its cohorts."""
+_LOST: Final = frozenset({FAILED, REVERTED, WENT_DARK})
+"""States of an attempt that say whether its device may still come back."""
 
 
 def _put(index: Map[str, Map[str, None]], key: str, member: str) -> Map[str, Map[str, None]]:
@@ -83,28 +88,54 @@ def silence_ms(state: State, attempt: Attempt) -> int:
 
 
 def _indexed(state: State, attempt: Attempt) -> dict[str, Any]:
-    """Store an attempt and put it in the bucket of its deadline."""
-    old = state.attempts.get(attempt.name)
-    before = old.due_ms if old is not None else -1
-    after = deadline_ms(state, attempt)
-    if before == after:
+    """Store an attempt, with its deadline and in a bucket that is not later."""
+    due_ms, held = deadline_ms(state, attempt), attempt.bucket
+    bucket = due_ms // DUE_BUCKET_MS if due_ms >= 0 else NO_BUCKET
+    if NO_BUCKET < held <= bucket or held == bucket:
+        if due_ms != attempt.due_ms:
+            attempt = replace(attempt, due_ms=due_ms)
         return {"attempts": state.attempts.set(attempt.name, attempt)}
-    changes: dict[str, Any] = {"attempts": state.attempts.set(attempt.name, replace(attempt, due_ms=after))}
+    changes: dict[str, Any] = {
+        "attempts": state.attempts.set(attempt.name, replace(attempt, due_ms=due_ms, bucket=bucket))
+    }
     due = state.due
-    if before >= 0:
-        bucket = before // DUE_BUCKET_MS
-        rest = due[bucket].delete(attempt.name)
-        due = due.set(bucket, rest) if rest else due.delete(bucket)
-    if after >= 0:
-        bucket = after // DUE_BUCKET_MS
+    if held > NO_BUCKET:
+        rest = due[held].delete(attempt.name)
+        due = due.set(held, rest) if rest else due.delete(held)
+    if bucket > NO_BUCKET:
         due = due.set(bucket, due.get(bucket, Map()).set(attempt.name, None))
         changes["due_floor"] = min(state.due_floor, bucket)
     changes["due"] = due
-    if before < 0 <= after:
+    if held == NO_BUCKET:
         changes["watched"] = state.watched.set(attempt.name, None)
-    elif after < 0 <= before:
+    elif bucket == NO_BUCKET:
         changes["watched"] = state.watched.delete(attempt.name)
     return changes
+
+
+def _swept(state: State, now: int) -> dict[str, Any]:
+    """Stream time has come to bucket ``now``: what is in an earlier one and due later moves to its own.
+
+    What is left in earlier buckets is overdue.
+    """
+    floor, due, attempts = state.due_floor, state.due, state.attempts
+    while floor < now:
+        names = due.get(floor)
+        if names is not None:
+            later = [
+                attempt for attempt in (attempts[name] for name in names) if attempt.due_ms // DUE_BUCKET_MS > floor
+            ]
+            for attempt in later:
+                bucket = attempt.due_ms // DUE_BUCKET_MS
+                names = names.delete(attempt.name)
+                due = due.set(bucket, due.get(bucket, Map()).set(attempt.name, None))
+                attempts = attempts.set(attempt.name, replace(attempt, bucket=bucket))
+            if names:
+                due = due.set(floor, names)
+                break
+            due = due.delete(floor)
+        floor += 1
+    return {"due_floor": floor, "due": due, "attempts": attempts}
 
 
 def _index(state: State, attempt: Attempt) -> State:
@@ -130,7 +161,7 @@ def _awaited_by(state: State, device: str) -> str:
     if back is not None:
         if back.held:
             return ""
-        if back.attempts and state.attempts[back.attempts[-1]].state in (FAILED, REVERTED, WENT_DARK):
+        if back.attempts and state.attempts[back.attempts[-1]].state in _LOST:
             return ""
     there = state.claims.get(claim_key(device, release))
     if there is not None and there.attempts and state.attempts[there.attempts[-1]].state == WENT_DARK:
@@ -221,6 +252,8 @@ def _granted(state: State, payload: events_pb2.AttemptGranted, event: Event) -> 
 
 
 def _moved(state: State, payload: events_pb2.AttemptMoved, event: Event) -> State:
+    if payload.HasField("observed"):
+        state = _observed(state, payload.observed, event)
     before = state.attempts[payload.attempt]
     seen = state.seen[before.device]
     after = replace(
@@ -313,8 +346,11 @@ def _observed(state: State, payload: events_pb2.DeviceObserved, _event: Event) -
 def _reschedule(state: State, seen: Seen) -> State:
     """The device was seen (or its silence is excused): its deadlines move."""
     for name in (seen.live, seen.anchor):
-        if name and state.attempts[name].due_ms >= 0:
-            state = _index(state, state.attempts[name])
+        if not name:
+            continue
+        attempt = state.attempts[name]
+        if attempt.due_ms >= 0 and deadline_ms(state, attempt) != attempt.due_ms:
+            state = _index(state, attempt)
     return state
 
 
@@ -322,17 +358,14 @@ def _reschedule(state: State, seen: Seen) -> State:
 
 
 def _recorded(state: State, payload: events_pb2.ObservationsRecorded, _event: Event) -> State:
-    now = payload.stream_time_ms // DUE_BUCKET_MS
-    floor = state.due_floor
-    while floor < now and floor not in state.due:
-        floor += 1
+    swept = _swept(state, payload.stream_time_ms // DUE_BUCKET_MS)
     return replace(
         state,
         watermarks=state.watermarks.set(payload.source_partition, payload.through_position),
         stream_ms=payload.stream_time_ms,
         append_ms=payload.append_time_ms,
         beats=state.beats.update(dict(payload.beats)) if payload.beats else state.beats,
-        due_floor=floor,
+        **swept,
     )
 
 
@@ -400,13 +433,24 @@ def _stage_saved(
 
 _Fold = Callable[[State, Any, Event], State]
 
+
+def _turned(state: State, payload: events_pb2.AttemptMoved) -> str:
+    before = state.attempts[payload.attempt]
+    return before.device if payload.state in _LOST or before.state in _LOST else ""
+
+
+def _runs_another(state: State, payload: events_pb2.DeviceObserved) -> str:
+    before = state.seen.get(payload.device)
+    return payload.device if before is None or before.running.release != payload.running.release else ""
+
+
 _DEVICE_EVENTS: Final[dict[type[Message], tuple[_Fold, Callable[[State, Any], str]]]] = {
     events_pb2.AttemptGranted: (_granted, lambda _state, it: str(it.attempt.device)),
-    events_pb2.AttemptMoved: (_moved, lambda state, it: state.attempts[it.attempt].device),
+    events_pb2.AttemptMoved: (_moved, _turned),
     events_pb2.DeviceHeld: (_held, lambda _state, it: str(it.device)),
-    events_pb2.DeviceObserved: (_observed, lambda _state, it: str(it.device)),
+    events_pb2.DeviceObserved: (_observed, _runs_another),
 }
-"""Events that may change which rollout waits for a device, with the device."""
+"""Events that may change which rollout waits for a device, with the device; empty when this one cannot."""
 
 _OTHER_EVENTS: Final[dict[type[Message], _Fold]] = {
     events_pb2.RolloutSaved: _saved,
@@ -433,6 +477,8 @@ def evolve(state: State, event: Event) -> State:
         return _OTHER_EVENTS[kind](state, event.payload, event)
     fold, device_of = found
     device = device_of(state, event.payload)
+    if not device:
+        return fold(state, event.payload, event)
     before = _awaited_by(state, device)
     state = fold(state, event.payload, event)
     return _with_awaited(state, before, _awaited_by(state, device))

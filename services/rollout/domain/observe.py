@@ -6,6 +6,8 @@ The same fold serves ClaimOffers, AuthorizeSwitch and the check-in stream, and a
   reports may still move an attempt forward, because the stream may bring an older item after a claim was answered.
 * The same counter with another body is a fork: the device is marked cloned and gets no grant any more.
 * A new instance (factory reset) restarts the sequence; retired instances never return.
+* What a check-in says is an event of its own when it says that something else runs. Else it is a part of the first
+  step that the check-in reports: a third of the events of an update would say nothing but a counter.
 """
 
 from __future__ import annotations
@@ -86,9 +88,14 @@ def fold_item(draft: Draft, item: device_pb2.CheckInItem, gateway: str) -> Fresh
             _cloned(draft, device, seen or Seen())
             return fresh
         case Freshness.FRESH:
-            _observe(draft, item, gateway, seen)
+            observed = _observe(draft, item, gateway, seen)
+        case _:
+            observed = None
     for report in item.reports:
-        _report(draft, item, report, fresh=fresh is Freshness.FRESH)
+        if _report(draft, item, report, observed, fresh=fresh is Freshness.FRESH):
+            observed = None
+    if observed is not None:
+        draft.emit(item.device, observed)
     if fresh is Freshness.FRESH:
         _implied(draft, item)
     return fresh
@@ -108,16 +115,19 @@ def _in_stage(state: State, seen: Seen) -> bool:
     return attempt is not None and bool(attempt.rollout)
 
 
-def _observe(draft: Draft, item: device_pb2.CheckInItem, gateway: str, seen: Seen | None) -> None:
+def _observe(
+    draft: Draft, item: device_pb2.CheckInItem, gateway: str, seen: Seen | None
+) -> events_pb2.DeviceObserved | None:
+    """Append what is new of the device; returned is what is still to be appended, with a step or alone."""
     before = seen or Seen()
     running = running_of(item.running)
     changed = running != before.running
     news = seen is None or changed or item.instance != before.instance or bool(item.reports)
     if not news and not _tracked(draft.state, before):
-        return
+        return None
     payload = events_pb2.DeviceObserved(
         device=item.device,
-        running=reported_proto(running),
+        running=item.running,
         instance=item.instance,
         counter=item.counter,
         body_sha256=item.body_sha256,
@@ -126,7 +136,10 @@ def _observe(draft: Draft, item: device_pb2.CheckInItem, gateway: str, seen: See
         gateway=gateway,
         metrics=worth_keeping(dict(item.metrics)) if item.metrics and _in_stage(draft.state, before) else {},
     )
-    _emit(draft, payload, before, "device.release_changed" if changed else "")
+    if not changed:
+        return payload
+    _emit(draft, payload, before, "device.release_changed")
+    return None
 
 
 def _cloned(draft: Draft, device: str, before: Seen) -> None:
@@ -147,8 +160,6 @@ def _cloned(draft: Draft, device: str, before: Seen) -> None:
 
 def _emit(draft: Draft, payload: events_pb2.DeviceObserved, before: Seen, change: str) -> None:
     def public(_state: State) -> tuple[Public, ...]:
-        if not change:
-            return ()
         record = events_pb2.DeviceReported(
             device=payload.device, running=payload.running, previous=reported_proto(before.running), change=change
         )
@@ -160,18 +171,30 @@ def _emit(draft: Draft, payload: events_pb2.DeviceObserved, before: Seen, change
         draft.touched[owner] = None  # one more may be back
 
 
-def _report(draft: Draft, item: device_pb2.CheckInItem, report: device_pb2.Report, *, fresh: bool) -> None:
+def _report(
+    draft: Draft,
+    item: device_pb2.CheckInItem,
+    report: device_pb2.Report,
+    observed: events_pb2.DeviceObserved | None,
+    *,
+    fresh: bool,
+) -> bool:
+    """Whether it was a step; then ``observed`` is in the log."""
     attempt = draft.state.attempts.get(report.attempt)
     if attempt is None or attempt.device != item.device or report.state not in _REPORTABLE:
-        return
+        return False
     if report.state == CONFIRMED:
-        _confirm(draft, attempt, running_of(item.running))
-    elif attempts.may_move(attempt, report.state):
+        return _confirm(draft, attempt, running_of(item.running), observed)
+    if attempts.may_move(attempt, report.state):
         failed = report.state in (FAILED, REVERTED)
         code = (report.code or ("UNSPECIFIED" if report.state == FAILED else "REVERTED")) if failed else report.code
-        attempts.move(draft, attempt, report.state, code, report.detail)
-    elif fresh and report.state == attempt.state and attempt.state <= INSTALLED and not attempt.go:
-        attempts.move(draft, attempt, attempt.state, report.code, report.detail)  # progress renews the lease
+        attempts.move(draft, attempt, report.state, code, report.detail, observed=observed)
+        return True
+    if fresh and report.state == attempt.state and attempt.state <= INSTALLED and not attempt.go:
+        # progress renews the lease
+        attempts.move(draft, attempt, attempt.state, report.code, report.detail, observed=observed)
+        return True
+    return False
 
 
 def _confirms(attempt: Attempt, running: Running) -> bool:
@@ -179,14 +202,19 @@ def _confirms(attempt: Attempt, running: Running) -> bool:
     return attempt.leads_to(running) and running.version == attempt.version
 
 
-def _confirm(draft: Draft, attempt: Attempt, running: Running) -> None:
+def _confirm(
+    draft: Draft, attempt: Attempt, running: Running, observed: events_pb2.DeviceObserved | None = None
+) -> bool:
     if not _confirms(attempt, running):
-        return
+        return False
+    before = attempt
     if attempt.state <= INSTALLED and attempts.may_move(attempt, BOOTED):
-        attempts.move(draft, attempt, BOOTED)
-        attempt = draft.state.attempts[attempt.name]
+        attempts.move(draft, attempt, BOOTED, observed=observed)
+        attempt, observed = draft.state.attempts[attempt.name], None
     if attempts.may_move(attempt, CONFIRMED):
-        attempts.move(draft, attempt, CONFIRMED)
+        attempts.move(draft, attempt, CONFIRMED, observed=observed)
+        return True
+    return attempt is not before
 
 
 def _implied(draft: Draft, item: device_pb2.CheckInItem) -> None:

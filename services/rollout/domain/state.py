@@ -23,6 +23,7 @@ from services.rollout.domain.summary import NO_PACE, Pace, Summary
 from services.rollout.domain.windows import Window
 
 DUE_BUCKET_MS: Final = 500
+NO_BUCKET: Final = -1
 DEFAULT_POLL_MS: Final = 66_000
 """60 s and a tenth of jitter."""
 
@@ -197,6 +198,8 @@ class Attempt(msgspec.Struct, frozen=True, gc=False):
     code: str = ""
     due_ms: int = -1
     """Stream time of its next deadline; -1 when it has none."""
+    bucket: int = NO_BUCKET
+    """Where it is in ``State.due``."""
 
     @property
     def in_flight(self) -> bool:
@@ -309,7 +312,7 @@ class State(msgspec.Struct, frozen=True, gc=False):
     watched: Map[str, None] = msgspec.field(default_factory=Map)
     """Attempts with a deadline."""
     due: Map[int, Map[str, None]] = msgspec.field(default_factory=Map)
-    """Attempts by deadline, in buckets of stream time."""
+    """Attempts in buckets of stream time, none in a later one than its deadline's."""
     due_floor: int = 0
     """No bucket below this one holds anything."""
 

@@ -47,8 +47,10 @@ Changes = dict[str, Any]
 def placed(state: State, attempt: Attempt, counts: Counts, **more: Any) -> Changes:
     """Store counters of its plan, with ``more`` of a rollout's."""
     if not attempt.rollout:
-        return {"plain": state.plain.set(attempt.plan, counts)}
+        return {} if state.plain.get(attempt.plan) is counts else {"plain": state.plain.set(attempt.plan, counts)}
     plan, stage = state.rollouts[attempt.rollout], attempt.stage
+    if plan.counts[stage] is counts and not more:
+        return {}
     changed = (*plan.counts[:stage], counts, *plan.counts[stage + 1 :])
     return {"rollouts": state.rollouts.set(attempt.rollout, replace(plan, counts=changed, **more))}
 
@@ -82,6 +84,8 @@ def _share(attempt: Attempt) -> dict[str, int]:
 
 def recount(state: State, counts: Counts, before: Attempt | None, after: Attempt) -> Counts:
     """Counters moved by the difference."""
+    if before is not None and before.in_flight and after.in_flight:
+        return counts
     plan = state.rollouts.get(after.rollout) if after.rollout else None
     delta: dict[str, int] = _share(after)
     if before is not None:

@@ -34,7 +34,7 @@ from services.rollout.domain import (
     State,
 )
 from services.rollout.domain import stages as stage_rules
-from services.rollout.domain.state import FORWARD
+from services.rollout.domain.state import DUE_BUCKET_MS, FORWARD, NO_BUCKET
 from services.rollout.domain.summary import burst_of
 from services.rollout.domain.windows import closed_for_ms
 
@@ -203,6 +203,18 @@ class Leader:
             state = self.domain.evolve(state, event)
         assert state == self.state, "I6"
         self.state = state
+        self._check_deadlines()
+
+    def _check_deadlines(self) -> None:
+        """Each attempt that has a deadline is in one bucket, not later than that; nothing else is in any."""
+        state = self.state
+        held = [(name, bucket) for bucket, names in state.due.items() for name in names]
+        meant = {name: attempt for name, attempt in state.attempts.items() if attempt.due_ms >= 0}
+        assert sorted(held) == sorted((name, attempt.bucket) for name, attempt in meant.items())
+        assert all(attempt.bucket <= attempt.due_ms // DUE_BUCKET_MS for attempt in meant.values())
+        assert all(attempt.bucket == NO_BUCKET for attempt in state.attempts.values() if attempt.due_ms < 0)
+        assert set(state.watched) == set(meant)
+        assert all(bucket >= state.due_floor for bucket in state.due)
 
     def plan(self, name: str) -> Rollout:
         return stage_rules.view(self.state.rollouts[f"{PRODUCT}/rollouts/{name}"])

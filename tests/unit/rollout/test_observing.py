@@ -7,7 +7,8 @@ from groundswell.device.v1 import device_pb2
 from groundswell.rollout.v1 import events_pb2, rollout_pb2
 
 from libs.errors import InvalidArgumentError
-from services.rollout.domain import RecordObservations
+from services.rollout.domain import AuthorizeSwitches, RecordObservations
+from services.rollout.domain.state import DUE_BUCKET_MS
 from tests.simulation.rollout.world import GATEWAY, Rollout
 from tests.unit.rollout.conftest import Small
 
@@ -261,3 +262,102 @@ def test_a_worker_that_catches_up_judges_silence_in_the_order_of_the_stream(smal
     small.deliver()
     assert small.attempt(name).state == CONFIRMED
     assert small.leader.plan("r").state == Rollout.STATE_RUNNING
+
+
+def _names(small: Small, start: int) -> list[str]:
+    return [type(event.payload).__name__ for event in small.leader.log[start:]]
+
+
+def test_a_check_in_that_reports_a_step_is_one_event(small: Small) -> None:
+    small.start()
+    device = small.device()
+    name = small.granted(device)
+    size = len(small.leader.log)
+    item = device.item()
+    small.claim(device, item, [])
+    assert _names(small, size) == ["AttemptMoved"]
+    assert small.leader.log[-1].payload.observed.counter == item.counter
+    assert small.leader.state.seen[device.name].counter == item.counter
+    assert small.attempt(name).state == device_pb2.ATTEMPT_STATE_ACCEPTED
+
+
+def test_a_check_in_that_reports_two_steps_says_what_it_saw_once(small: Small) -> None:
+    small.start()
+    device = small.device()
+    small.granted(device)
+    device.report(device_pb2.ATTEMPT_STATE_DOWNLOADED)
+    size = len(small.leader.log)
+    small.claim(device, device.item(), [])
+    assert _names(small, size) == ["AttemptMoved", "AttemptMoved"]
+    assert [event.payload.HasField("observed") for event in small.leader.log[size:]] == [True, False]
+
+
+def test_a_report_that_is_no_step_does_not_hide_the_check_in(small: Small) -> None:
+    small.start()
+    device = small.device()
+    small.granted(device)
+    device.reports.clear()
+    device.report(INSTALLED, attempt="organizations/acme/products/thermostat/devices/d1/attempts/unknown")
+    size = len(small.leader.log)
+    item = device.item()
+    small.claim(device, item, [])
+    assert _names(small, size) == ["DeviceObserved"]
+    assert small.leader.state.seen[device.name].counter == item.counter
+
+
+def test_a_confirmation_says_by_itself_that_something_else_runs(small: Small) -> None:
+    small.start()
+    device = small.device()
+    small.granted(device)
+    small.ask_go(device)
+    device.reports.clear()
+    device.switch()
+    size = len(small.leader.log)
+    small.said(device)
+    assert _names(small, size)[:3] == ["DeviceObserved", "AttemptMoved", "AttemptMoved"]
+    published = [it.change for _, it in small.leader.public if isinstance(it, events_pb2.DeviceReported)]
+    assert published.count("device.release_changed") >= 1
+
+
+def test_a_deadline_that_signs_of_life_moved_comes_when_it_is_due_and_not_before(small: Small) -> None:
+    small.start()
+    device = small.device()
+    name = small.granted(device)  # a lease of 30 s
+    first = small.attempt(name).bucket
+    for _ in range(2):
+        small.beat(20)
+        device.report(device_pb2.ATTEMPT_STATE_DOWNLOADING)
+        small.append(device.item())
+        device.reports.clear()
+        small.deliver()
+    assert first < small.attempt(name).bucket <= small.attempt(name).due_ms // DUE_BUCKET_MS
+    assert small.attempt(name).in_flight
+    small.leader.replay()
+    small.beat(29)
+    assert small.attempt(name).in_flight
+    small.beat(2)
+    assert small.attempt(name).state == EXPIRED
+    small.leader.replay()
+
+
+def test_of_many_that_ask_to_switch_each_is_decided_for_itself(small: Small) -> None:
+    small.start()
+    one, two = small.device("d1"), small.device("d2")
+    mine, other = small.granted(one), small.granted(two)
+    Ask = rollout_pb2.AuthorizeSwitchRequest  # noqa: N806 - a class
+    request = rollout_pb2.BatchAuthorizeSwitchRequest(
+        organization="acme",
+        requests=[
+            Ask(organization="acme", attempt=other, device=one.name),
+            Ask(organization="acme", attempt=other, device=two.name, check_in=one.item()),
+            Ask(organization="acme", attempt=mine, device=one.name),
+            Ask(organization="acme", attempt=f"{one.name}/attempts/none", device=one.name),
+        ],
+    )
+    size = len(small.leader.log)
+    answer = small.leader.do(AuthorizeSwitches(request))
+    assert isinstance(answer, rollout_pb2.BatchAuthorizeSwitchResponse)
+    assert [result.refusal.code for result in answer.results] == ["ATTEMPT_NOT_YOURS", "IDENTITY_MISMATCH", "", ""]
+    assert answer.results[2].response.answer == rollout_pb2.AuthorizeSwitchResponse.ANSWER_GO
+    assert answer.results[3].response.answer == rollout_pb2.AuthorizeSwitchResponse.ANSWER_CANCEL
+    assert _names(small, size) == ["GoGiven"]
