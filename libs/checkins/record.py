@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Protocol
 
 from cryptography.exceptions import InvalidSignature
@@ -134,6 +135,35 @@ class CheckInSigner:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A record that says it is a gateway's, and that key's bytes: to be proven before anything of it is read."""
+
+    headers: _Headers
+    value: bytes
+    key: bytes
+    topic: str
+    partition: int
+
+    def holds(self) -> bool:
+        """Whether the signature is that gateway's over this record in this place.
+
+        Nearly all of it is outside of Python and without its lock, so threads may do it beside others.
+        """
+        it = self.headers
+        signed = signed_bytes(self.topic, self.partition, it.gateway, it.key_id, it.process, it.sequence, self.value)
+        try:
+            _public_key(self.key).verify(it.signature, signed)
+        except (InvalidSignature, ValueError):
+            return False
+        return True
+
+
+@lru_cache(maxsize=256)
+def _public_key(raw: bytes) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(raw)
+
+
 def verify(
     record_headers: Iterable[tuple[str, bytes]],
     value: bytes,
@@ -143,35 +173,58 @@ def verify(
     *,
     partitions: int,
 ) -> VerifiedBatch | Rejected:
-    """Judge one record. Pure; nothing of the value is parsed before its signature holds."""
+    """Judge one record: its three steps, one after the other. Nothing of the value is parsed before it is proven."""
+    claim = claimed(record_headers, value, topic, partition, keys)
+    return claim if isinstance(claim, Rejected) else read(claim, proven=claim.holds(), partitions=partitions)
+
+
+def claimed(
+    record_headers: Iterable[tuple[str, bytes]], value: bytes, topic: str, partition: int, keys: GatewayKeys
+) -> Claim | Rejected:
+    """First step: what the headers say, and with which key."""
     headers = _read_headers(record_headers)
     if isinstance(headers, Rejected):
         return headers
     if len(value) > MAX_BYTES:
         return Rejected("BATCH_TOO_LARGE", f"the record has {len(value)} bytes, {MAX_BYTES} are allowed")
-    problem = _check_signature(headers, value, topic, partition, keys)
-    if problem is not None:
-        return problem
+    key = keys.get(headers.gateway)
+    if key is None or key.key_id != headers.key_id:
+        if headers.registry_seq > keys.reached(headers.gateway):
+            return Rejected("KEY_NOT_YET_KNOWN", f"the key of {headers.gateway} is not folded yet", wait=True)
+        return Rejected("UNKNOWN_GATEWAY_KEY", f"{headers.gateway} has no key {headers.key_id}")
+    if key.disabled:
+        return Rejected("KEY_DISABLED", f"{headers.gateway} is disabled")
+    return Claim(headers, value, key.public_key, topic, partition)
+
+
+def read(claim: Claim, *, proven: bool, partitions: int) -> VerifiedBatch | Rejected:
+    """Last step: what a record says for whom the second, `Claim.holds`, was true."""
+    headers = claim.headers
+    if not proven:
+        return Rejected("BAD_SIGNATURE", f"the signature is not that of {headers.gateway} over this record")
     try:
         # Most items are idle and their receipts are only stored: to read all of each would be most of the work.
-        batch = reading_pb2.CheckInBatchReading.FromString(value)
+        batch = reading_pb2.CheckInBatchReading.FromString(claim.value)
+        problem = _check_batch(batch, headers, claim.partition, partitions)
+        if problem is not None:
+            return problem
+        prefix = f"organizations/{batch.organization}/"
         seen: list[tuple[str, bytes]] = []
         items: list[device_pb2.CheckInItem] = []
         for item in batch.items:
-            receipt = item.receipt
-            seen.append((item.device, receipt[0] if len(receipt) == 1 else b"".join(receipt)))
+            device, receipt = item.device, item.receipt
+            if not device.startswith(prefix):
+                return Rejected("ORGANIZATION_MISMATCH", "an item speaks of a device of another organization")
+            seen.append((device, receipt[0] if len(receipt) == 1 else b"".join(receipt)))
             if not item.idle:
                 items.append(device_pb2.CheckInItem.FromString(item.SerializeToString()))
     except DecodeError:
         return Rejected("MALFORMED", "the value is not a CheckInBatch")
-    problem = _check_batch(batch, seen, headers, partition, partitions)
-    if problem is not None:
-        return problem
     return VerifiedBatch(
         headers.gateway,
         headers.process,
         headers.sequence,
-        partition,
+        claim.partition,
         batch.organization,
         batch.heartbeat,
         seen,
@@ -208,35 +261,15 @@ def _read_headers(record_headers: Iterable[tuple[str, bytes]]) -> _Headers | Rej
     )
 
 
-def _check_signature(headers: _Headers, value: bytes, topic: str, partition: int, keys: GatewayKeys) -> Rejected | None:
-    key = keys.get(headers.gateway)
-    if key is None or key.key_id != headers.key_id:
-        if headers.registry_seq > keys.reached(headers.gateway):
-            return Rejected("KEY_NOT_YET_KNOWN", f"the key of {headers.gateway} is not folded yet", wait=True)
-        return Rejected("UNKNOWN_GATEWAY_KEY", f"{headers.gateway} has no key {headers.key_id}")
-    if key.disabled:
-        return Rejected("KEY_DISABLED", f"{headers.gateway} is disabled")
-    signed = signed_bytes(topic, partition, headers.gateway, headers.key_id, headers.process, headers.sequence, value)
-    try:
-        Ed25519PublicKey.from_public_bytes(key.public_key).verify(headers.signature, signed)
-    except (InvalidSignature, ValueError):
-        return Rejected("BAD_SIGNATURE", f"the signature is not that of {headers.gateway} over this record")
-    return None
-
-
 def _check_batch(
-    batch: reading_pb2.CheckInBatchReading,
-    seen: Sequence[tuple[str, bytes]],
-    headers: _Headers,
-    partition: int,
-    partitions: int,
+    batch: reading_pb2.CheckInBatchReading, headers: _Headers, partition: int, partitions: int
 ) -> Rejected | None:
     if batch.gateway != headers.gateway:
         return Rejected("GATEWAY_MISMATCH", "the batch names another gateway than its signed header")
-    if len(seen) > MAX_ITEMS:
-        return Rejected("BATCH_TOO_LARGE", f"the batch has {len(seen)} items, {MAX_ITEMS} are allowed")
+    if len(batch.items) > MAX_ITEMS:
+        return Rejected("BATCH_TOO_LARGE", f"the batch has {len(batch.items)} items, {MAX_ITEMS} are allowed")
     if batch.heartbeat:
-        if seen or batch.organization:
+        if batch.items or batch.organization:
             return Rejected("MALFORMED", "a heartbeat holds no items and no organization")
         # The heartbeat of an organization's own gateway counts where that organization lives.
         spoken_for = headers.organization if headers.organization != PLATFORM else ""
@@ -248,7 +281,4 @@ def _check_batch(
         return Rejected("ORGANIZATION_MISMATCH", f"{headers.gateway} does not speak for {batch.organization}")
     if spoken_for and partition_of(spoken_for, partitions) != partition:
         return Rejected("PARTITION_MISMATCH", f"{spoken_for} does not belong to partition {partition}")
-    prefix = f"organizations/{batch.organization}/"
-    if any(not device.startswith(prefix) for device, _ in seen):
-        return Rejected("ORGANIZATION_MISMATCH", "an item speaks of a device of another organization")
     return None

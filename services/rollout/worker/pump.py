@@ -1,7 +1,8 @@
 """One pump for each partition: judges records in order, sends them to the leader, stores what they say of devices.
 
-* Three stages, each in order and on its own: while the leader answers, the next records are judged, and what it has
-  answered is stored. Bounded queues between them hold back whoever is ahead.
+* Four stages, each in order and on its own: while the leader answers, the next records are judged, and what it has
+  answered is stored. Signatures are checked in a thread meanwhile, many in a row, when many wait: that needs no lock
+  of Python's. Bounded queues between them hold back whoever is ahead.
 * Nothing leaves a pump as an exception: what fails is repeated with back-off, for ever.
 * One call is outstanding at a time; it carries all that came since the last one, which was a moment ago at least.
 * A record is acknowledged to Kafka only when the leader holds it in its log (or it is on the dead-letter topic). What
@@ -20,7 +21,7 @@ from typing import Any, Final, Protocol
 
 from groundswell.rollout.v1 import rollout_pb2
 
-from libs.checkins import GatewayKeys, Rejected, SequenceGuard, VerifiedBatch, verify
+from libs.checkins import Claim, GatewayKeys, Rejected, SequenceGuard, VerifiedBatch, claimed, read
 from libs.eventlog.chores import back_off
 from libs.eventlog.ending import end
 from services.rollout.observations import Backlog, Observed, observe
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 
 QUEUE: Final = 1000
 """Records that wait for a stage at most."""
+TOGETHER: Final = 16
+"""Records whose signatures are checked in a row."""
+ALONE: Final = 64 * 1024
+"""Bytes whose signatures are checked sooner than a thread has begun to."""
 STORES: Final = 4
 """Answered calls that wait to be stored at most."""
 PACE_S: Final = 0.05
@@ -77,6 +82,7 @@ class Pump:
         self.partition = partition
         self._tools = tools
         self._queue: asyncio.Queue[Delivery] = asyncio.Queue(QUEUE)
+        self._checked: asyncio.Queue[tuple[Delivery, Claim | Rejected, bool]] = asyncio.Queue(TOGETHER)
         self._judged: asyncio.Queue[tuple[Delivery, Observed]] = asyncio.Queue(QUEUE)
         self._answered: asyncio.Queue[tuple[list[Delivery], Sequence[Observed]]] = asyncio.Queue(STORES)
         self._open = 0
@@ -92,7 +98,7 @@ class Pump:
     async def put(self, delivery: Delivery) -> None:
         """Hand a record over; waits while too many are open."""
         if not self._stages:
-            stages = (self._judge_all, self._send_all, self._store_all)
+            stages = (self._check_all, self._judge_all, self._send_all, self._store_all)
             self._stages = tuple(
                 asyncio.create_task(stage(), name=f"pump-{self.partition}-{stage.__name__}") for stage in stages
             )
@@ -105,10 +111,22 @@ class Pump:
         """End without acknowledging what is open: it will be delivered again."""
         await end(*self._stages)
 
+    async def _check_all(self) -> None:
+        while True:
+            deliveries = [await self._queue.get()]
+            while not self._queue.empty() and len(deliveries) < TOGETHER:
+                deliveries.append(self._queue.get_nowait())
+            claims = [await self._claimed(delivery) for delivery in deliveries]
+            proven = await self._for_ever(lambda claims=claims: self._proven(claims))  # type: ignore[misc]
+            for checked in zip(deliveries, claims, proven, strict=True):
+                await self._checked.put(checked)
+
     async def _judge_all(self) -> None:
         while True:
-            delivery = await self._queue.get()
-            observed = await self._for_ever(lambda delivery=delivery: self._judge(delivery))  # type: ignore[misc]
+            delivery, claim, proven = await self._checked.get()
+            observed = await self._for_ever(
+                lambda delivery=delivery, claim=claim, proven=proven: self._judge(delivery, claim, proven)  # type: ignore[misc]
+            )
             await self._judged.put((delivery, observed))
             await asyncio.sleep(0)  # judging waits for nothing: the other stages must get their turn
 
@@ -165,8 +183,23 @@ class Pump:
                     log.warning("partition %d, try %d: %s: %s", self.partition, attempt, type(error).__name__, error)
                 await asyncio.sleep(back_off(0.05, 2.0, attempt))
 
-    async def _judge(self, delivery: Delivery) -> Observed:
-        verdict = await self._verified(delivery)
+    async def _claimed(self, delivery: Delivery) -> Claim | Rejected:
+        """Wait for the registry's word on the key, but not for ever."""
+        until = time.monotonic() + KEY_WAIT_S
+        while True:
+            claim = claimed(delivery.headers, delivery.value, self._tools.topic, self.partition, self._tools.keys)
+            if not (isinstance(claim, Rejected) and claim.wait) or time.monotonic() >= until:
+                return claim
+            await asyncio.sleep(KEY_POLL_S)
+
+    @staticmethod
+    async def _proven(claims: Sequence[Claim | Rejected]) -> list[bool]:
+        """Of each, whether its signature holds."""
+        size = sum(len(claim.value) for claim in claims if isinstance(claim, Claim))
+        return _prove(claims) if size < ALONE else await asyncio.to_thread(_prove, claims)
+
+    async def _judge(self, delivery: Delivery, claim: Claim | Rejected, proven: bool) -> Observed:  # noqa: FBT001
+        verdict = read(claim, proven=proven, partitions=self._tools.partitions) if isinstance(claim, Claim) else claim
         if isinstance(verdict, VerifiedBatch):
             verdict = self._tools.guard.judge(verdict, delivery.position)
         if isinstance(verdict, Rejected):
@@ -175,18 +208,6 @@ class Pump:
             return Observed(delivery.position)
         return observe(verdict, delivery.position, delivery.append_time_ms)
 
-    async def _verified(self, delivery: Delivery) -> VerifiedBatch | Rejected:
-        """Wait for the registry's word on the key, but not for ever."""
-        until = time.monotonic() + KEY_WAIT_S
-        while True:
-            verdict = verify(
-                delivery.headers,
-                delivery.value,
-                self._tools.topic,
-                self.partition,
-                self._tools.keys,
-                partitions=self._tools.partitions,
-            )
-            if not (isinstance(verdict, Rejected) and verdict.wait) or time.monotonic() >= until:
-                return verdict
-            await asyncio.sleep(KEY_POLL_S)
+
+def _prove(claims: Sequence[Claim | Rejected]) -> list[bool]:
+    return [isinstance(claim, Claim) and claim.holds() for claim in claims]

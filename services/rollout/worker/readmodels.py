@@ -20,7 +20,7 @@ from redis.exceptions import RedisError
 
 from services.rollout.keys import positions_key, seen_key
 from services.rollout.observations import Observed
-from services.rollout.seen import TIME_DIGITS, written_time
+from services.rollout.seen import written_time
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,24 @@ def command(*words: bytes) -> bytes:
 _QUIET: Final = command(b"CLIENT", b"REPLY", b"OFF")
 _LOUD: Final = command(b"CLIENT", b"REPLY", b"ON")
 _KEEP: Final = b"%d" % KEEP_S
-_SET: Final = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b%b\r\n$%d\r\n%b%b\r\n" + command(b"EX", _KEEP).removeprefix(b"*2\r\n")
-"""SET key value EX seconds, both in two parts. Built in one step, because it is most of the work here."""
+_SET: Final = b"*5\r\n$3\r\nSET\r\n$%d\r\n%b"
+_VALUE: Final = b"\r\n$%d\r\n%b"
+_EXPIRY: Final = b"\r\n" + command(b"EX", _KEEP).removeprefix(b"*2\r\n")
+
+
+class _Heads(dict[int, bytes]):
+    """What stands before a device's name, or before its receipt, by the length of that.
+
+    SET key value EX seconds, with key and value in two parts each, is in pieces most of which are made once.
+    """
+
+    def __init__(self, form: bytes, before: bytes) -> None:
+        super().__init__()
+        self._form, self._before = form, before
+
+    def __missing__(self, length: int) -> bytes:
+        head = self[length] = self._form % (len(self._before) + length, self._before)
+        return head
 
 
 def _refreshed(key: bytes, time: bytes) -> bytes:
@@ -52,6 +68,7 @@ class ReadModels:
 
     def __init__(self, redis: Redis, env: str) -> None:
         self._prefix = seen_key(env, "").encode()
+        self._keys = _Heads(_SET, self._prefix)
         self._positions = positions_key(env)
         self._redis = redis
         self._reached: dict[int, int] = {}
@@ -64,12 +81,14 @@ class ReadModels:
             if partition not in self._reached:
                 self._reached[partition] = await self._read_position(partition)
             commands: list[bytes] = []
+            devices = 0
             for index, observed in enumerate(records):
                 if observed.seen and observed.position > self._reached[partition]:
                     self._add(commands, observed)
-                if commands and (len(commands) >= MOST_DEVICES or index + 1 == len(records)):
+                    devices += len(observed.seen)
+                if commands and (devices >= MOST_DEVICES or index + 1 == len(records)):
                     await self._write(partition, observed.position, commands)
-                    commands = []
+                    commands, devices = [], 0
         except (RedisError, OSError) as error:
             self._reached.pop(partition, None)
             self.failures += 1
@@ -81,16 +100,14 @@ class ReadModels:
         return int(stored or -1)
 
     def _add(self, commands: list[bytes], observed: Observed) -> None:
-        prefix, time = self._prefix, written_time(observed.seen_ms)
-        before = len(prefix)
+        time = written_time(observed.seen_ms)
+        keys, values = self._keys, _Heads(_VALUE, time)
         for name, receipt in observed.seen:
             device = name.encode()
             if receipt:
-                commands.append(
-                    _SET % (before + len(device), prefix, device, TIME_DIGITS + len(receipt), time, receipt)
-                )
+                commands += (keys[len(device)], device, values[len(receipt)], receipt, _EXPIRY)
             else:
-                commands.append(_refreshed(prefix + device, time))
+                commands.append(_refreshed(self._prefix + device, time))
 
     async def _write(self, partition: int, position: int, commands: list[bytes]) -> None:
         reached = command(b"HSET", self._positions.encode(), b"%d" % partition, b"%d" % position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -10,11 +11,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from groundswell.device.v1 import device_pb2
 from groundswell.rollout.v1 import rollout_pb2
 
-from libs.checkins import CheckInSigner, GatewayKey, Rejected, SequenceGuard, key_id_of
+from libs.checkins import CheckInSigner, Claim, GatewayKey, Rejected, SequenceGuard, key_id_of
 from libs.eventlog import partition_of
 from services.rollout.keys import routing_key
 from services.rollout.observations import MAX_ITEMS, Backlog, Observed
-from services.rollout.worker.pump import QUIET_S, Delivery, Pump, Tools
+from services.rollout.worker import pump
+from services.rollout.worker.pump import QUIET_S, Delivery, Pump, Tools, _prove
 
 GATEWAY = "organizations/platform/gateways/g1"
 TOPIC = "t.device.checkins.v1"
@@ -219,3 +221,49 @@ def test_a_routing_key_of_every_partition_is_no_organizations_name(partitions: i
         key = routing_key(partition, partitions)
         assert partition_of(key, partitions) == partition
         assert key.startswith("~")
+
+
+@pytest.mark.parametrize("alone", [0, 1 << 30], ids=["in a thread", "at once"])
+async def test_of_many_checked_in_a_row_each_gets_its_own_verdict(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, alone: int
+) -> None:
+    threads: set[bool] = set()
+
+    def prove(claims: Sequence[Claim | Rejected]) -> list[bool]:
+        threads.add(threading.current_thread() is threading.main_thread())
+        return _prove(claims)
+
+    monkeypatch.setattr(pump, "ALONE", alone)
+    monkeypatch.setattr(pump, "_prove", prove)
+    bench.gate.clear()
+    forged = {3, 4, 17, 30}
+    for position in range(1, 41):
+        await bench.deliver(position, forged=position in forged)
+    bench.gate.set()
+    await bench.until(lambda: len(bench.acknowledged) == 40)
+    assert bench.acknowledged == list(range(1, 41))
+    assert bench.rejected == [(position, "BAD_SIGNATURE") for position in sorted(forged)]
+    told = [record.position for call in bench.calls for record in call.records]
+    assert told == [position for position in range(1, 41) if position not in forged]
+    assert threads == {alone > 0}
+    await bench.pump.stop()
+
+
+async def test_stopping_while_signatures_are_checked_acknowledges_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checking, go_on = threading.Event(), threading.Event()
+
+    def prove(claims: Sequence[Claim | Rejected]) -> list[bool]:
+        checking.set()
+        go_on.wait(5)
+        return _prove(claims)
+
+    monkeypatch.setattr(pump, "ALONE", 0)
+    monkeypatch.setattr(pump, "_prove", prove)
+    await bench.deliver(1)
+    await bench.until(checking.is_set)
+    await bench.pump.stop()
+    go_on.set()
+    assert bench.acknowledged == []
+    assert bench.calls == []
