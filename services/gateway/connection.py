@@ -125,12 +125,12 @@ class Listener:
             self._heads[head] = length
         return length
 
-    def ok_head(self) -> bytes:
-        """Beginning of a good answer, up to its length; made once a second."""
+    def ok(self, body: bytes) -> bytes:
+        """A good answer as written. What stands before its length is made once a second."""
         second = int(time.time())
         if self._ok[0] != second:
             self._ok = (second, _OK + formatdate(second, usegmt=True).encode() + b"\r\nContent-Length: ")
-        return self._ok[1]
+        return b"%b%d\r\n\r\n%b" % (self._ok[1], len(body), body)
 
 
 class DeviceConnection(asyncio.Protocol):
@@ -203,7 +203,7 @@ class DeviceConnection(asyncio.Protocol):
                     answer = _written(reply_of(error, "check-in"))
                 else:
                     if isinstance(answer, bytes):
-                        answer = b"%b%d\r\n\r\n%b" % (listener.ok_head(), len(answer), answer)
+                        answer = listener.ok(answer)
             else:
                 wanted = _GET.match(head) if end <= LONGEST_HEAD else None
                 if wanted is None or body_length(head[wanted.end() : -2]) != 0:
@@ -246,7 +246,7 @@ class DeviceConnection(asyncio.Protocol):
         if isinstance(answer, Reply):
             self._write(_written(answer))
         else:
-            self._write(b"%b%d\r\n\r\n%b" % (self._listener.ok_head(), len(answer), answer))
+            self._write(self._listener.ok(answer))
         self._answering = None
         if self._transport.is_closing():
             return
