@@ -19,7 +19,7 @@ from libs.eventlog import Deadline, Runtime
 from libs.names import organization_of, product_of
 from libs.rpc import page_in_order, snapshot_state, submit
 from services.rollout import views
-from services.rollout.domain import Control, CreateRollout, State
+from services.rollout.domain import Control, CreateRollout, RetryAttempt, State
 from services.rollout.domain.control import check_plan
 from services.rollout.domain.stages import managed_release
 from services.rollout.keys import seen_key
@@ -157,6 +157,10 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
         state = snapshot_state(self._runtime, request.parent)
         found, token = page_in_order(views.attempts_of(state, request.parent), request)
         return rollout_pb2.ListAttemptsResponse(attempts=found, next_page_token=token)
+
+    async def RetryAttempt(self, request: rollout_pb2.RetryAttemptRequest, context: Any) -> rollout_pb2.Attempt:
+        command = RetryAttempt(request.name, request.reason)
+        return await submit(self._runtime, organization_of(request.name), command, request, context)  # type: ignore[no-any-return]
 
     async def ListHeldDevices(
         self, request: rollout_pb2.ListHeldDevicesRequest, _context: Any

@@ -182,3 +182,30 @@ def test_after_a_kill_no_offer_leaves_and_no_link_works_within_the_bound(stack: 
         if kind == "RolloutSaved" and entry.message().change == "rollout.killed"
     )
     assert not {kind for kind, _ in kinds[at:]} & {"AttemptGranted", "GoGiven"}
+
+
+def test_a_device_that_failed_a_plain_release_tries_again_when_somebody_says_so(stack: Stack, tenant: Tenant) -> None:
+    swell = Swell(stack, tenant)
+    tenant.bundle("1.1.0")
+    swell("release create 1-1-0 --cohort canary --bundle fw-1-1-0 --version 1.1.0 --version-requirement '< 1.1.0'")
+    device = tenant.enrolled("canary-sick")
+
+    def offered() -> str:
+        found: list[str] = []
+
+        def asked() -> bool:
+            answer = device.check_in().body
+            found[:] = [answer["offer"]["attempt"]] if answer["answer"] == "offer" else []
+            return bool(found)
+
+        wait_until("an offer", 30, asked, 0.2)
+        return found[0]
+
+    first = offered()
+    device.counter += 1
+    report = {"counter": device.counter, "attempt": first, "state": "FAILED", "code": "NO_POWER"}
+    device.check_in(reports=[report], attempt={"name": first})
+    wait_until("the failure", 20, lambda: "ALREADY_FAILED" in device.check_in().codes, 0.2)
+
+    assert swell('attempt retry canary-sick --reason "new battery"')["name"] == first
+    assert offered() != first

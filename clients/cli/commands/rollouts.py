@@ -304,6 +304,31 @@ def attempt_list(
     state.output.many(found, ("device", "state", "code", "stage", "kind", "ordinal", "withdrawn", "grant_time"))
 
 
+@attempt.command("retry")
+def attempt_retry(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="A full name, or a device: then its last attempt that failed.")],
+    reason: ReasonOption = "",
+) -> None:
+    """Give one failed device another try, with or without a rollout.
+
+    `swell attempt retry SN-0042 --reason "new battery"`
+    """
+    state = session(context)
+    if "/attempts/" not in name:
+        device = state.name_in_product("devices", name)
+        request = rollout_pb2.ListAttemptsRequest(parent=device)
+        found = [
+            one
+            for one in state.client.pages(state.client.rollout.ListAttempts, request, "attempts")
+            if one.state in (device_pb2.ATTEMPT_STATE_FAILED, device_pb2.ATTEMPT_STATE_REVERTED)
+        ]
+        if not found:
+            raise typer.BadParameter(f"no attempt of {device} failed: see `swell attempt list --device {name}`")
+        name = max(found, key=lambda one: one.grant_time.ToNanoseconds()).name
+    state.output.one(state.client.rollout.RetryAttempt(rollout_pb2.RetryAttemptRequest(name=name, reason=reason)))
+
+
 @rollout.command("watch")
 def rollout_watch(
     context: typer.Context,

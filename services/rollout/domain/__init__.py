@@ -8,6 +8,7 @@ from services.rollout.domain.commands import (
     Control,
     CreateRollout,
     RecordObservations,
+    RetryAttempt,
     StageReleaseMade,
     StageReleaseRefused,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Control",
     "CreateRollout",
     "RecordObservations",
+    "RetryAttempt",
     "RolloutDomain",
     "StageReleaseMade",
     "StageReleaseRefused",

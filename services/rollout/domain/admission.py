@@ -41,6 +41,7 @@ from services.rollout.domain.state import (
     claim_key,
     product_of,
     tries_key,
+    tries_of,
 )
 from services.rollout.domain.windows import closed_for_ms
 
@@ -154,7 +155,8 @@ def claim_refusal(state: State, claim: Claim | None) -> Refusal | None:
     last = state.attempts[claim.attempts[-1]]
     if last.state == WENT_DARK:
         return Refusal("WENT_DARK", "the outcome of an earlier attempt is not known yet", last.name)
-    if attempts.closed_by(last):
+    tries = state.tries.get(tries_of(state, last))
+    if attempts.closed_by(last) and not (tries is not None and tries.allowed):
         return Refusal("ALREADY_FAILED", f"an earlier attempt ended with {last.code or 'a failure'}", last.name)
     return None
 

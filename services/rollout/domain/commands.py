@@ -62,6 +62,14 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True)
+class RetryAttempt:
+    """An operator's word on a failed attempt: its device may try again."""
+
+    name: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StageReleaseMade:
     """A task made the release of a stage."""
 

@@ -15,9 +15,9 @@ from libs.errors import (
 )
 from services.rollout.domain import attempts, stages
 from services.rollout.domain.admission import RETRY_BUDGET, retry_allowed
-from services.rollout.domain.commands import Control, CreateRollout
+from services.rollout.domain.commands import Control, CreateRollout, RetryAttempt
 from services.rollout.domain.draft import Draft
-from services.rollout.domain.state import ProductFacts, State
+from services.rollout.domain.state import FORWARD, ProductFacts, State, tries_of
 
 _Rollout = rollout_pb2.Rollout
 _Status = rollout_pb2.StageStatus
@@ -221,6 +221,50 @@ def _retry(draft: Draft, image: rollout_pb2.Rollout, command: Control) -> None:
     if not command.devices:
         image.retries += 1
     stages.save(draft, image, "rollout.retried", image.current_stage, reason=command.reason)
+
+
+_NO_MORE_RETRIES: Final = frozenset(
+    {_Rollout.STATE_ABORTED, _Rollout.STATE_KILLED, _Rollout.STATE_ROLLING_BACK, _Rollout.STATE_ROLLED_BACK}
+)
+
+
+def retry_attempt(draft: Draft, command: RetryAttempt) -> rollout_pb2.Attempt:
+    """Another try for one device. Asked again, it changes nothing more: one retry is one try."""
+    state = draft.state
+    attempt = state.attempts.get(command.name)
+    if attempt is None:
+        raise NotFoundError("RESOURCE_NOT_FOUND", f"{command.name} does not exist", resource=command.name)
+    plan = state.rollouts.get(attempt.rollout) if attempt.rollout else None
+    if attempt.kind != FORWARD:
+        message = "a way back is not retried: point the device at a bundle by an override"
+        raise FailedPreconditionError("WRONG_STATE", message, resource=command.name)
+    if plan is not None and plan.control.state in _NO_MORE_RETRIES:
+        name = _Rollout.State.Name(plan.control.state)
+        message = f"its rollout is in {name}: nobody gets its release any more"
+        raise FailedPreconditionError("WRONG_STATE", message, resource=command.name, state=name)
+    if not attempts.closed_by(attempt) or attempt.superseded:
+        raise FailedPreconditionError(
+            "NOTHING_TO_RETRY", "it is not the last attempt of its device, or it has not failed", resource=command.name
+        )
+    key = tries_of(state, attempt)
+    tries = state.tries[key]
+    if tries.failed >= RETRY_BUDGET:
+        raise FailedPreconditionError(
+            "RETRY_BUDGET_SPENT",
+            f"{attempt.device} failed {tries.failed} times",
+            device=attempt.device,
+            budget=RETRY_BUDGET,
+        )
+    if not retry_allowed(state, key, attempt.rollout):
+        allowed = events_pb2.RetryAllowed(
+            device=attempt.device,
+            rollout=attempt.rollout,
+            bundle=attempt.bundle,
+            attempt=attempt.name,
+            reason=command.reason,
+        )
+        draft.emit(attempt.device, allowed)
+    return attempts.attempt_proto(draft.state, attempt)
 
 
 def _advance(draft: Draft, image: rollout_pb2.Rollout, reason: str) -> None:

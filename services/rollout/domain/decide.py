@@ -19,10 +19,11 @@ from services.rollout.domain.commands import (
     Control,
     CreateRollout,
     RecordObservations,
+    RetryAttempt,
     StageReleaseMade,
     StageReleaseRefused,
 )
-from services.rollout.domain.control import control, create
+from services.rollout.domain.control import control, create, retry_attempt
 from services.rollout.domain.draft import Draft
 from services.rollout.domain.evolve import EVENT_TYPES, evolve
 from services.rollout.domain.facts import device_facts, product_facts
@@ -48,6 +49,8 @@ def decide(state: State, command: object, ctx: Context) -> Decision:
             return draft.decision(create(draft, command))
         case Control():
             return draft.decision(control(draft, command))
+        case RetryAttempt():
+            return draft.decision(retry_attempt(draft, command))
         case StageReleaseMade(task_id, release):
             draft.closed.append(task_id)
             stages.release_made(draft, *stages.stage_of_task(task_id), release)

@@ -42,6 +42,7 @@ from services.rollout.domain.state import (
     claim_key,
     expected_ms,
     policy_of,
+    tries_of,
     way_back_key,
 )
 
@@ -287,6 +288,8 @@ def _moved(state: State, payload: events_pb2.AttemptMoved, event: Event) -> Stat
 
 def _retry_allowed(state: State, payload: events_pb2.RetryAllowed, _event: Event) -> State:
     key = f"{payload.device} {payload.rollout}"
+    if payload.attempt:
+        key = tries_of(state, state.attempts[payload.attempt])
     known = state.tries[key]
     return replace(state, tries=state.tries.set(key, replace(known, allowed=True)))
 

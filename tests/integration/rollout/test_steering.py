@@ -21,6 +21,7 @@ from tests.integration.rollout.stack import PRODUCT, Installation, eventually, i
 from tests.integration.rollout.test_path import BUNDLE, NAME, claim, create_and_start, offered, say
 
 State = rollout_pb2.Rollout
+NO_ID = "00000000-0000-4000-8000-000000000000"
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ async def test_bad_input_gets_a_clear_error_and_changes_nothing(world: Installat
     foreign = NAME.replace("acme", "other")
     calls = world.public
     kill, retry = rollout_pb2.KillRolloutRequest, rollout_pb2.RetryRolloutRequest
-    held = rollout_pb2.ListHeldDevicesRequest
+    held, attempt = rollout_pb2.ListHeldDevicesRequest, rollout_pb2.RetryAttemptRequest
     code = grpc.StatusCode
     table = [
         (calls.KillRollout, kill(name=unknown), code.NOT_FOUND, "RESOURCE_NOT_FOUND"),
@@ -158,6 +159,20 @@ async def test_bad_input_gets_a_clear_error_and_changes_nothing(world: Installat
             "INVALID_FIELD",
         ),
         (calls.RetryRollout, retry(name=foreign), code.NOT_FOUND, "RESOURCE_NOT_FOUND"),
+        (calls.RetryAttempt, attempt(name=f"{device.device}/attempts/{NO_ID}"), code.NOT_FOUND, "RESOURCE_NOT_FOUND"),
+        (calls.RetryAttempt, attempt(name=f"{device.device}/attempts/none"), code.INVALID_ARGUMENT, "INVALID_FIELD"),
+        (
+            calls.RetryAttempt,
+            attempt(name=f"{device.device}/attempts/{NO_ID}", reason="x" * 1025),
+            code.INVALID_ARGUMENT,
+            "INVALID_FIELD",
+        ),
+        (
+            calls.RetryAttempt,
+            attempt(name=f"{device.device.replace('acme', 'other')}/attempts/{NO_ID}"),
+            code.NOT_FOUND,
+            "RESOURCE_NOT_FOUND",
+        ),
         (calls.ListHeldDevices, held(parent=unknown), code.NOT_FOUND, "RESOURCE_NOT_FOUND"),
         (calls.ListHeldDevices, held(parent=foreign), code.NOT_FOUND, "RESOURCE_NOT_FOUND"),
         (calls.ListHeldDevices, held(parent=NAME, page_token="?"), code.INVALID_ARGUMENT, "INVALID_FIELD"),
@@ -182,4 +197,20 @@ async def test_bad_input_gets_a_clear_error_and_changes_nothing(world: Installat
     device.attempt = ""
     await calls.RetryRollout(retry(name=NAME, devices=[device.device]), metadata=world.metadata, timeout=10)
     await calls.ResumeRollout(rollout_pb2.ResumeRolloutRequest(name=NAME), metadata=world.metadata, timeout=10)
-    assert (await offered(world, device)).attempt != offer.attempt
+    again = await offered(world, device)
+    assert again.attempt != offer.attempt
+
+    # By its attempt: only the last one, and said twice with one id it is one answer.
+    found = await refused(calls.RetryAttempt(attempt(name=offer.attempt), metadata=world.metadata, timeout=10))
+    assert found == (code.FAILED_PRECONDITION, "NOTHING_TO_RETRY")
+    failed = say(device, device_pb2.ATTEMPT_STATE_FAILED, attempt=again.attempt)
+    del request.items[:]
+    request.items.add(device=device.device, device_uid=device.device_uid, check_in=failed)
+    await world.internal.ClaimOffers(request, timeout=10)
+    once = attempt(name=again.attempt, request_id=str(uuid.uuid4()), reason="new battery")
+    answers = [await calls.RetryAttempt(once, metadata=world.metadata, timeout=10) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert (answers[0].name, answers[0].state) == (again.attempt, device_pb2.ATTEMPT_STATE_FAILED)
+    device.attempt = ""
+    await calls.ResumeRollout(rollout_pb2.ResumeRolloutRequest(name=NAME), metadata=world.metadata, timeout=10)
+    assert (await offered(world, device)).attempt not in (offer.attempt, again.attempt)

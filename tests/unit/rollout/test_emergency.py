@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 from groundswell.device.v1 import device_pb2
+from groundswell.releases.v1 import events_pb2 as releases_events
 from groundswell.releases.v1 import releases_pb2
 from groundswell.rollout.v1 import events_pb2, rollout_pb2
 
-from libs.errors import FailedPreconditionError
-from services.rollout.domain import Control
+from libs.errors import DomainError, FailedPreconditionError
+from services.rollout.domain import Control, RetryAttempt
 from services.rollout.domain.admission import RETRY_BUDGET
 from services.rollout.domain.stages import TASK_DISABLE
 from services.rollout.domain.state import CANCELLED, EXPIRED, FAILED
-from tests.simulation.rollout.world import PRODUCT, Device, Rollout, Status, cohort
+from tests.simulation.rollout.world import PRODUCT, Device, Rollout, Status, bundle_name, cohort, fact
 from tests.unit.rollout.conftest import Small
 
 Answer = rollout_pb2.AuthorizeSwitchResponse
@@ -443,3 +444,93 @@ def test_a_retry_does_not_re_open_a_stage_that_passed(small: Small) -> None:
     small.control("retry", "r")
     small.granted(failed)
     assert (plan(small).current_stage, small.counts(0).state) == (1, Status.STATE_PASSED)
+
+
+def retry(small: Small, name: str) -> rollout_pb2.Attempt:
+    result = small.leader.do(RetryAttempt(name, "new battery"))
+    assert isinstance(result, rollout_pb2.Attempt)
+    return result
+
+
+def test_a_device_that_failed_a_plain_release_tries_again_once_when_its_attempt_is_retried(small: Small) -> None:
+    for name in ("canary", "beta"):
+        small.add_release(name, "2.0.0")
+    device = small.device()
+    first = fail(small, device)
+    assert codes(small.claim(device)) == ["ALREADY_FAILED"]
+    assert retry(small, first).name == first
+    size = len(small.leader.log)
+    retry(small, first)
+    assert len(small.leader.log) == size, "said twice, it is one try"
+    device.cohort = cohort("beta")
+    small.device_fact(device)
+    second = small.granted(device)
+    device.report(device_pb2.ATTEMPT_STATE_FAILED, "NO_SPACE")
+    small.said(device)
+    device.end()
+    assert codes(small.claim(device)) == ["ALREADY_FAILED"]
+    retry(small, second)
+    small.leader.replay()
+    assert small.granted(device) not in (first, second)
+
+
+def test_a_device_that_failed_an_override_tries_again_when_its_attempt_is_retried(small: Small) -> None:
+    device = small.device()
+    override = releases_pb2.BundleOverride(name=f"{PRODUCT}/bundleOverrides/o", bundle=bundle_name("2.0.0"))
+    override.devices.append(device.name)
+    small.leader.do(fact("releases", override.name, releases_events.BundleOverrideChanged(bundle_override=override)))
+    wanted = [releases_pb2.Candidate(bundle=override.bundle, bundle_override=override.name)]
+    offer = small.claim(device, candidates=wanted).offer
+    device.take(offer)
+    device.report(device_pb2.ATTEMPT_STATE_FAILED, "NO_SPACE")
+    small.said(device)
+    device.end()
+    assert codes(small.claim(device, candidates=wanted)) == ["ALREADY_FAILED"]
+    retry(small, offer.attempt)
+    assert small.claim(device, candidates=wanted).HasField("offer")
+
+
+def test_after_a_rollout_has_ended_well_those_that_failed_may_still_try(small: Small) -> None:
+    small.start(small.stage(failure_limit=9, success_ppm=1, min_sample=1))
+    device = small.device()
+    first = fail(small, device)
+    small.confirmed(small.device("d0"))
+    small.beat(11)
+    small.releases.run_tasks()
+    assert plan(small).state == Rollout.STATE_COMPLETED
+    assert codes(small.claim(device)) == ["ALREADY_FAILED"]
+    retry(small, first)
+    assert small.granted(device)
+
+
+def test_what_is_not_there_has_not_failed_or_is_over_is_not_retried(small: Small) -> None:
+    small.start(small.stage(failure_limit=9))
+    device, other = small.device(), small.device("d2")
+    first, going = fail(small, device), small.granted(other)
+    size = len(small.leader.log)
+
+    def refused(name: str) -> str:
+        with pytest.raises(DomainError) as caught:
+            retry(small, name)
+        return caught.value.reason
+
+    assert refused(f"{device.name}/attempts/none") == "RESOURCE_NOT_FOUND"
+    assert refused(going) == "NOTHING_TO_RETRY"
+    assert len(small.leader.log) == size
+    retry(small, first)
+    small.granted(device)
+    assert refused(first) == "NOTHING_TO_RETRY"
+    small.control("abort", "r", "enough")
+    assert refused(first) == "WRONG_STATE"
+
+
+def test_a_device_has_so_many_tries_and_no_more(small: Small) -> None:
+    small.add_release("canary", "2.0.0")
+    device = small.device()
+    for _ in range(RETRY_BUDGET):
+        name = fail(small, device)
+        if small.leader.state.tries[f"{device.name} {bundle_name('2.0.0')}"].failed < RETRY_BUDGET:
+            retry(small, name)
+    with pytest.raises(DomainError) as caught:
+        retry(small, name)
+    assert caught.value.reason == "RETRY_BUDGET_SPENT"
