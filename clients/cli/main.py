@@ -1,17 +1,20 @@
 """``swell``: every public API of Groundswell from the command line.
 
 Names may be full (`organizations/acme/products/thermostat/cohorts/beta`) or short (`beta`) with `--organization` and
-`--product`, or GROUNDSWELL_ORGANIZATION and GROUNDSWELL_PRODUCT.
+`--product`, or GROUNDSWELL_ORGANIZATION and GROUNDSWELL_PRODUCT. `--output json` may stand anywhere.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from clients.cli.commands import (
     access,
@@ -32,8 +35,33 @@ from clients.cli.context import Session
 from clients.cli.output import show_error
 from clients.sdk import ApiError, SdkError
 
+
+class Root(TyperGroup):
+    """Takes `--output` behind the command too, where most people write it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, hoisted(args))
+
+
+def hoisted(args: Sequence[str]) -> list[str]:
+    """The option on the form of output first, wherever it stands; what follows ``--`` is left alone."""
+    end = args.index("--") if "--" in args else len(args)
+    first: list[str] = []
+    others: list[str] = []
+    words = iter(args[:end])
+    for word in words:
+        if word in ("--output", "-o"):
+            first += [word, *islice(words, 1)]
+        elif word.startswith("--output=") or word in ("-ojson", "-otable"):
+            first.append(word)
+        else:
+            others.append(word)
+    return [*first, *others, *args[end:]]
+
+
 app = typer.Typer(
     name="swell",
+    cls=Root,
     help=__doc__,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -13,7 +13,7 @@ from clients.cli.commands.products import span
 from clients.cli.main import app
 
 ROOT = Path(__file__).parents[3]
-GUIDES = ("cohorts", "manufacturing", "webhooks")
+GUIDES = ("cohorts", "first-device", "manufacturing", "webhooks")
 
 
 def commands_of(page: str) -> list[list[str]]:
