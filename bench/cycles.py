@@ -102,6 +102,7 @@ class Device(asyncio.Protocol):
         self._head = f"POST /v1/checkin HTTP/1.1\r\nHost: {tenant.server_name}\r\nContent-Length: ".encode()
         self._answers: msgspec.json.Decoder[Answer] = msgspec.json.Decoder(Answer)
         self._got = b""
+        self._awaited = 0
         self._script: Script | None = None
         self._done: asyncio.Future[None] | None = None
 
@@ -116,13 +117,20 @@ class Device(asyncio.Protocol):
         )
 
     def data_received(self, data: bytes) -> None:
-        got = self._got = self._got + data
-        end = got.find(b"\r\n\r\n") + 4
-        at = got.find(b"ontent-Length: ") + 15
-        if end < 4 or len(got) < end + int(got[at : got.find(b"\r", at)]):
-            return
-        self._got = b""
-        self._next(self._answers.decode(got[end:]))
+        self._got += data
+        while self._got:
+            got = self._got
+            end = got.find(b"\r\n\r\n") + 4
+            at = got.find(b"ontent-Length: ") + 15
+            if end < 4:
+                return
+            whole = end + int(got[at : got.find(b"\r", at)])
+            if len(got) < whole:
+                return
+            self._got = got[whole:]
+            self._awaited -= 1
+            if not self._awaited:  # else it is that of a script that was given up
+                self._next(self._answers.decode(got[end:whole]))
 
     def connection_lost(self, _exc: Exception | None) -> None:
         if self._done is not None and not self._done.done():
@@ -140,12 +148,14 @@ class Device(asyncio.Protocol):
         try:
             wish = self._script.send(answer)
         except StopIteration:
-            self._done.set_result(None)
+            if not self._done.done():
+                self._done.set_result(None)
             return
         if isinstance(wish, float):
             self._loop.call_later(wish, self._next, None)
             return
         self._counter += 1
+        self._awaited += 1
         raw = encode({"agent": {**self._agent, "counter": self._counter}, "running": self._running, **wish})
         self._transport.write(b"%b%d\r\n\r\n%b" % (self._head, len(raw), raw))
 
@@ -171,10 +181,11 @@ class Device(asyncio.Protocol):
 
     def _report(self, attempt: str, state: str, /, **more: Any) -> Script:
         self._counter += 1
-        report = {"counter": self._counter, "attempt": attempt, "state": state}
+        counter = self._counter
+        report = {"counter": counter, "attempt": attempt, "state": state}
         while True:
             answer = yield {"reports": [report], **more}
-            if answer is not None and answer.reports_accepted_through >= report["counter"]:
+            if answer is not None and answer.reports_accepted_through >= counter:
                 return
             yield RETRY_S
 
