@@ -212,15 +212,24 @@ def _retry(draft: Draft, image: rollout_pb2.Rollout, command: Control) -> None:
             raise FailedPreconditionError(
                 "NOTHING_TO_RETRY", f"{device} has not failed in this rollout", resource=image.name, device=device
             )
-        if tries.failed >= RETRY_BUDGET:
-            raise FailedPreconditionError(
-                "RETRY_BUDGET_SPENT", f"{device} failed {tries.failed} times", device=device, budget=RETRY_BUDGET
-            )
-        if not retry_allowed(draft.state, key, image.name):
-            draft.emit(device, events_pb2.RetryAllowed(device=device, rollout=image.name, bundle=image.bundle))
+        _allow(draft, key, events_pb2.RetryAllowed(device=device, rollout=image.name, bundle=image.bundle))
     if not command.devices:
         image.retries += 1
     stages.save(draft, image, "rollout.retried", image.current_stage, reason=command.reason)
+
+
+def _allow(draft: Draft, key: str, allowed: events_pb2.RetryAllowed) -> None:
+    """One more try, within the budget; one that is allowed already stays one."""
+    failed = draft.state.tries[key].failed
+    if failed >= RETRY_BUDGET:
+        raise FailedPreconditionError(
+            "RETRY_BUDGET_SPENT",
+            f"{allowed.device} failed {failed} times",
+            device=allowed.device,
+            budget=RETRY_BUDGET,
+        )
+    if not retry_allowed(draft.state, key, allowed.rollout):
+        draft.emit(allowed.device, allowed)
 
 
 _NO_MORE_RETRIES: Final = frozenset(
@@ -246,24 +255,14 @@ def retry_attempt(draft: Draft, command: RetryAttempt) -> rollout_pb2.Attempt:
         raise FailedPreconditionError(
             "NOTHING_TO_RETRY", "it is not the last attempt of its device, or it has not failed", resource=command.name
         )
-    key = tries_of(state, attempt)
-    tries = state.tries[key]
-    if tries.failed >= RETRY_BUDGET:
-        raise FailedPreconditionError(
-            "RETRY_BUDGET_SPENT",
-            f"{attempt.device} failed {tries.failed} times",
-            device=attempt.device,
-            budget=RETRY_BUDGET,
-        )
-    if not retry_allowed(state, key, attempt.rollout):
-        allowed = events_pb2.RetryAllowed(
-            device=attempt.device,
-            rollout=attempt.rollout,
-            bundle=attempt.bundle,
-            attempt=attempt.name,
-            reason=command.reason,
-        )
-        draft.emit(attempt.device, allowed)
+    allowed = events_pb2.RetryAllowed(
+        device=attempt.device,
+        rollout=attempt.rollout,
+        bundle=attempt.bundle,
+        attempt=attempt.name,
+        reason=command.reason,
+    )
+    _allow(draft, tries_of(state, attempt), allowed)
     return attempts.attempt_proto(draft.state, attempt)
 
 

@@ -116,7 +116,10 @@ class Pump:
             deliveries = [await self._queue.get()]
             while not self._queue.empty() and len(deliveries) < TOGETHER:
                 deliveries.append(self._queue.get_nowait())
-            claims = [await self._claimed(delivery) for delivery in deliveries]
+            claims = [
+                await self._for_ever(lambda delivery=delivery: self._claimed(delivery))  # type: ignore[misc]
+                for delivery in deliveries
+            ]
             proven = await self._for_ever(lambda claims=claims: self._proven(claims))  # type: ignore[misc]
             for checked in zip(deliveries, claims, proven, strict=True):
                 await self._checked.put(checked)

@@ -267,3 +267,19 @@ async def test_stopping_while_signatures_are_checked_acknowledges_nothing(
     go_on.set()
     assert bench.acknowledged == []
     assert bench.calls == []
+
+
+async def test_trouble_with_the_keys_is_only_a_delay(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    get, failures = bench.keys.get, iter(range(2))
+
+    def fails_twice(gateway: str) -> GatewayKey | None:
+        if next(failures, None) is not None:
+            raise RuntimeError("the keys are not there")
+        return get(gateway)
+
+    monkeypatch.setattr(bench.keys, "get", fails_twice)
+    await bench.deliver(1)
+    await bench.deliver(2)
+    await bench.until(lambda: bench.acknowledged == [1, 2])
+    assert bench.rejected == []
+    await bench.pump.stop()
