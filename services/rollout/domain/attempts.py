@@ -18,6 +18,7 @@ from groundswell.rollout.v1 import events_pb2, rollout_pb2
 
 from libs.eventlog.model import Public
 from services.rollout.domain.draft import Draft
+from services.rollout.domain.observation import Observation
 from services.rollout.domain.state import (
     BOOTED,
     CANCELLED,
@@ -131,9 +132,12 @@ def move(
     code: str = "",
     detail: str = "",
     *,
-    observed: events_pb2.DeviceObserved | None = None,
+    observed: Observation | None = None,
 ) -> None:
-    """Append one step of the table; the caller asked ``may_move`` (or renews the lease by ``to == attempt.state``)."""
+    """Append one step of the table; the caller asked ``may_move`` (or renews the lease by ``to == attempt.state``).
+
+    With the step goes what the check-in that reported it said of its device, if no other event has that yet.
+    """
     if to == EXPIRED and draft.state.tries.get(tries_of(draft.state, attempt), _NONE).expired + 1 >= LAST_EXPIRY:
         to = FAILED
     was_confirmed = attempt.state == CONFIRMED or attempt.withdrawn
@@ -150,14 +154,17 @@ def move(
         rollout=attempt.rollout,
         stage=attempt.stage,
         in_flight_after=in_flight,
-        observed=observed,
+        observed=observed.payload if observed is not None else None,
     )
     changed = to != attempt.state
 
     def public(state: State) -> tuple[Public, ...]:
-        return _publish(state, attempt.name, _change(state.attempts[attempt.name])) if changed else ()
+        told = _publish(state, attempt.name, _change(state.attempts[attempt.name])) if changed else ()
+        return told if observed is None else (*observed.public(), *told)
 
     draft.emit(attempt.name, payload, public)
+    if observed is not None:
+        observed.touch(draft)
     if attempt.rollout and changed:
         draft.touched[attempt.rollout] = None
 

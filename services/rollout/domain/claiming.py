@@ -23,7 +23,8 @@ from services.rollout.domain.admission import (
 )
 from services.rollout.domain.commands import AuthorizeSwitches, ClaimOffers
 from services.rollout.domain.draft import Draft
-from services.rollout.domain.observe import fold_item
+from services.rollout.domain.observation import Observation
+from services.rollout.domain.observe import fold_all_but_counter, fold_item
 from services.rollout.domain.rollback import Hold, hold, judge_way_back
 from services.rollout.domain.state import (
     BOOTED,
@@ -248,37 +249,50 @@ def authorize_switch(
     attempt = draft.state.attempts.get(request.attempt)
     if attempt is not None and attempt.device != request.device:
         raise PermissionDeniedError("ATTEMPT_NOT_YOURS", "the attempt is of another device", attempt=request.attempt)
+    observed: Observation | None = None
     if request.HasField("check_in"):
         if request.check_in.device != request.device:
             raise FailedPreconditionError(
                 "IDENTITY_MISMATCH", "the check-in is of another device", device=request.device
             )
-        fold_item(draft, request.check_in, "")
+        _, observed = fold_all_but_counter(draft, request.check_in, "")
         stages.settle(draft)
     attempt = draft.state.attempts.get(request.attempt)
-    if attempt is None:
-        return _switch(_Answer.ANSWER_CANCEL, Refusal("ATTEMPT_UNKNOWN", "there is no such attempt", request.attempt))
-    if not attempt.in_flight:
-        return _switch(_Answer.ANSWER_CANCEL, Refusal("ATTEMPT_ENDED", "the attempt has ended", attempt.name))
-    if attempt.state > INSTALLED:
-        return _switch(
-            _Answer.ANSWER_WAIT, Refusal("ALREADY_SWITCHED", "the device reported its new slot", attempt.name)
-        )
-    stale = inbox_lag_ms > INBOX_LIMIT_MS
-    refusal = _STALE if stale else standing_refusal(draft.state, draft.ctx, attempt)
+    refusal = _against_switching(draft, request.attempt, attempt, inbox_lag_ms)
     if refusal is None:
-        valid_for_s = attempt.policy.go_valid_ms / 1000
-        payload = events_pb2.GoGiven(attempt=attempt.name, device=attempt.device, valid_for_s=valid_for_s)
-        draft.emit(attempt.name, payload)
-        response = _Answer(answer=_Answer.ANSWER_GO, valid_for_s=valid_for_s)
-        response.reasons.append(attempts.reason("GO_GIVEN", "all checks passed again", attempt.name))
-        return response
-    if not refusal.final:
-        return _switch(_Answer.ANSWER_WAIT, refusal)
-    # After go nothing is cancelled: a device that asks once more has not switched; told to forget it, it has failed.
-    attempts.move(draft, attempt, FAILED if attempt.go else CANCELLED, refusal.code, refusal.message)
-    stages.settle(draft)
-    return _switch(_Answer.ANSWER_CANCEL, refusal)
+        return _go(draft, draft.state.attempts[request.attempt], observed)
+    if observed is not None:
+        observed.emit(draft)
+    if attempt is not None and attempt.in_flight and refusal.final:
+        # After go nothing is cancelled: a device that asks again has not switched; told to forget it, it has failed.
+        attempts.move(draft, attempt, FAILED if attempt.go else CANCELLED, refusal.code, refusal.message)
+        stages.settle(draft)
+    return _switch(_Answer.ANSWER_CANCEL if refusal.final else _Answer.ANSWER_WAIT, refusal)
+
+
+def _against_switching(draft: Draft, name: str, attempt: Attempt | None, inbox_lag_ms: float) -> Refusal | None:
+    """What stands against it now. Nothing of it depends on how often the device was seen."""
+    if attempt is None:
+        return Refusal("ATTEMPT_UNKNOWN", "there is no such attempt", name, final=True)
+    if not attempt.in_flight:
+        return Refusal("ATTEMPT_ENDED", "the attempt has ended", name, final=True)
+    if attempt.state > INSTALLED:
+        return Refusal("ALREADY_SWITCHED", "the device reported its new slot", name)
+    return _STALE if inbox_lag_ms > INBOX_LIMIT_MS else standing_refusal(draft.state, draft.ctx, attempt)
+
+
+def _go(draft: Draft, attempt: Attempt, observed: Observation | None) -> rollout_pb2.AuthorizeSwitchResponse:
+    valid_for_s = attempt.policy.go_valid_ms / 1000
+    payload = events_pb2.GoGiven(
+        attempt=attempt.name,
+        device=attempt.device,
+        valid_for_s=valid_for_s,
+        observed=observed.payload if observed is not None else None,
+    )
+    draft.emit(attempt.name, payload)
+    response = _Answer(answer=_Answer.ANSWER_GO, valid_for_s=valid_for_s)
+    response.reasons.append(attempts.reason("GO_GIVEN", "all checks passed again", attempt.name))
+    return response
 
 
 def _switch(

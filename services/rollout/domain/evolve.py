@@ -294,11 +294,13 @@ def _retry_allowed(state: State, payload: events_pb2.RetryAllowed, _event: Event
     return replace(state, tries=state.tries.set(key, replace(known, allowed=True)))
 
 
-def _go(state: State, payload: events_pb2.GoGiven, _event: Event) -> State:
-    before = state.attempts[payload.attempt]
-    seen = replace(state.seen[before.device], last_seen_ms=state.stream_ms)  # it asked just now
-    state = replace(state, seen=state.seen.set(before.device, seen))
-    return _index(state, replace(before, go=True, go_ms=state.stream_ms))
+def _go(state: State, payload: events_pb2.GoGiven, event: Event) -> State:
+    if payload.HasField("observed"):
+        state = _observed(state, payload.observed, event)
+    else:  # it asked just now
+        seen = replace(state.seen[payload.device], last_seen_ms=state.stream_ms)
+        state = replace(state, seen=state.seen.set(payload.device, seen))
+    return _index(state, replace(state.attempts[payload.attempt], go=True, go_ms=state.stream_ms))
 
 
 def _soaked(state: State, payload: events_pb2.AttemptSoaked, _event: Event) -> State:
@@ -439,7 +441,9 @@ _Fold = Callable[[State, Any, Event], State]
 
 def _turned(state: State, payload: events_pb2.AttemptMoved) -> str:
     before = state.attempts[payload.attempt]
-    return before.device if payload.state in _LOST or before.state in _LOST else ""
+    if payload.state in _LOST or before.state in _LOST:
+        return before.device
+    return _runs_another(state, payload.observed) if payload.HasField("observed") else ""
 
 
 def _runs_another(state: State, payload: events_pb2.DeviceObserved) -> str:

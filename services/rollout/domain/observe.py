@@ -6,8 +6,8 @@ The same fold serves ClaimOffers, AuthorizeSwitch and the check-in stream, and a
   reports may still move an attempt forward, because the stream may bring an older item after a claim was answered.
 * The same counter with another body is a fork: the device is marked cloned and gets no grant any more.
 * A new instance (factory reset) restarts the sequence; retired instances never return.
-* What a check-in says is an event of its own when it says that something else runs. Else it is a part of the first
-  step that the check-in reports: a third of the events of an update would say nothing but a counter.
+* What a check-in says is part of the first event that follows from it, a step that it reports or leave to switch, and
+  an event of its own when none does: a third of the events of an update would say nothing but a counter.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from groundswell.device.v1 import device_pb2
 from groundswell.registry.v1 import registry_pb2
 from groundswell.rollout.v1 import events_pb2
 
-from libs.eventlog.model import Public
 from services.rollout.domain import attempts
 from services.rollout.domain.draft import Draft
+from services.rollout.domain.observation import Observation, reported_proto
 from services.rollout.domain.state import (
     BOOTED,
     CONFIRMED,
@@ -53,13 +53,6 @@ def running_of(it: registry_pb2.ReportedState) -> Running:
     return Running(it.release, it.bundle, it.version, it.security_version)
 
 
-def reported_proto(it: Running) -> registry_pb2.ReportedState:
-    """As on the wire."""
-    return registry_pb2.ReportedState(
-        release=it.release, bundle=it.bundle, version=it.version, security_version=it.security_version
-    )
-
-
 def freshness(seen: Seen | None, item: device_pb2.CheckInItem) -> Freshness:
     """Compare by instance and counter."""
     if seen is None or not seen.instance:
@@ -75,18 +68,28 @@ def freshness(seen: Seen | None, item: device_pb2.CheckInItem) -> Freshness:
 
 def fold_item(draft: Draft, item: device_pb2.CheckInItem, gateway: str) -> Freshness | None:
     """Fold one check-in; None when the device is not known here."""
+    fresh, observed = fold_all_but_counter(draft, item, gateway)
+    if observed is not None:
+        observed.emit(draft)
+    return fresh
+
+
+def fold_all_but_counter(
+    draft: Draft, item: device_pb2.CheckInItem, gateway: str
+) -> tuple[Freshness | None, Observation | None]:
+    """The same; what is left to append, with another event or alone, says no more than a counter and a time."""
     device = item.device
     facts = draft.state.devices.get(device)
     if facts is None or (item.device_uid and item.device_uid != facts.uid):
-        return None
+        return None, None
     seen = draft.state.seen.get(device)
     fresh = freshness(seen, item)
     match fresh:
         case Freshness.RETIRED_INSTANCE:
-            return fresh
+            return fresh, None
         case Freshness.FORK:
             _cloned(draft, device, seen or Seen())
-            return fresh
+            return fresh, None
         case Freshness.FRESH:
             observed = _observe(draft, item, gateway, seen)
         case _:
@@ -94,11 +97,12 @@ def fold_item(draft: Draft, item: device_pb2.CheckInItem, gateway: str) -> Fresh
     for report in item.reports:
         if _report(draft, item, report, observed, fresh=fresh is Freshness.FRESH):
             observed = None
-    if observed is not None:
-        draft.emit(item.device, observed)
+    if observed is not None and observed.change:
+        observed.emit(draft)
+        observed = None
     if fresh is Freshness.FRESH:
         _implied(draft, item)
-    return fresh
+    return fresh, observed
 
 
 def _tracked(state: State, seen: Seen) -> bool:
@@ -115,13 +119,10 @@ def _in_stage(state: State, seen: Seen) -> bool:
     return attempt is not None and bool(attempt.rollout)
 
 
-def _observe(
-    draft: Draft, item: device_pb2.CheckInItem, gateway: str, seen: Seen | None
-) -> events_pb2.DeviceObserved | None:
-    """Append what is new of the device; returned is what is still to be appended, with a step or alone."""
+def _observe(draft: Draft, item: device_pb2.CheckInItem, gateway: str, seen: Seen | None) -> Observation | None:
+    """What is new of the device."""
     before = seen or Seen()
-    running = running_of(item.running)
-    changed = running != before.running
+    changed = running_of(item.running) != before.running
     news = seen is None or changed or item.instance != before.instance or bool(item.reports)
     if not news and not _tracked(draft.state, before):
         return None
@@ -136,10 +137,7 @@ def _observe(
         gateway=gateway,
         metrics=worth_keeping(dict(item.metrics)) if item.metrics and _in_stage(draft.state, before) else {},
     )
-    if not changed:
-        return payload
-    _emit(draft, payload, before, "device.release_changed")
-    return None
+    return Observation(payload, before.running, "device.release_changed" if changed else "")
 
 
 def _cloned(draft: Draft, device: str, before: Seen) -> None:
@@ -155,27 +153,14 @@ def _cloned(draft: Draft, device: str, before: Seen) -> None:
         cloned=True,
         gateway=before.gateway,
     )
-    _emit(draft, payload, before, "identity.cloned")
-
-
-def _emit(draft: Draft, payload: events_pb2.DeviceObserved, before: Seen, change: str) -> None:
-    def public(_state: State) -> tuple[Public, ...]:
-        record = events_pb2.DeviceReported(
-            device=payload.device, running=payload.running, previous=reported_proto(before.running), change=change
-        )
-        return (Public(payload.device, record),)
-
-    draft.emit(payload.device, payload, public)
-    owner = draft.state.owners.get(before.running.release)
-    if owner:
-        draft.touched[owner] = None  # one more may be back
+    Observation(payload, before.running, "identity.cloned").emit(draft)
 
 
 def _report(
     draft: Draft,
     item: device_pb2.CheckInItem,
     report: device_pb2.Report,
-    observed: events_pb2.DeviceObserved | None,
+    observed: Observation | None,
     *,
     fresh: bool,
 ) -> bool:
@@ -203,7 +188,7 @@ def _confirms(attempt: Attempt, running: Running) -> bool:
 
 
 def _confirm(
-    draft: Draft, attempt: Attempt, running: Running, observed: events_pb2.DeviceObserved | None = None
+    draft: Draft, attempt: Attempt, running: Running, observed: Observation | None = None
 ) -> bool:
     if not _confirms(attempt, running):
         return False

@@ -210,6 +210,31 @@ async def test_a_candidate_is_claimed_with_what_was_said_and_the_offer_is_given(
     assert (item.receipt.answer, item.receipt.attempt) == ("offer", "att")
 
 
+@pytest.mark.parametrize("reports", [[], [{"counter": 1, "attempt": "a", "state": "FAILED"}]])
+async def test_what_the_leader_has_taken_in_is_not_given_to_it_again(
+    gateway: Gateway, reports: list[dict[str, Any]]
+) -> None:
+    gateway.release()
+    gateway.result = rollout_pb2.ClaimResult(offer=rollout_pb2.Offer(attempt="att", release=RELEASE))
+    answer = await gateway.hear(view_of(), reports=reports)
+    assert answer["answer"] == "offer"
+    assert gateway.publisher.last.idle is not bool(reports)
+    await gateway.hear(view_of(), attempt={"name": "att", "ask": "go"}, reports=reports)
+    assert gateway.publisher.last.idle is not bool(reports)
+
+
+async def test_what_the_leader_may_not_have_taken_in_is_given_to_it(gateway: Gateway) -> None:
+    gateway.release()
+    gateway.result = rollout_pb2.ClaimResult(reasons=[device_pb2.Reason(code="DEVICE_NOT_YET_KNOWN", message="m")])
+    await gateway.hear(view_of())
+    assert not gateway.publisher.last.idle
+    gateway.switch = rollout_pb2.AuthorizeSwitchResult(
+        response=rollout_pb2.AuthorizeSwitchResponse(answer=rollout_pb2.AuthorizeSwitchResponse.ANSWER_WAIT)
+    )
+    await gateway.hear(view_of(), attempt={"name": "att", "ask": "go"})
+    assert not gateway.publisher.last.idle
+
+
 async def test_a_closed_plan_is_not_asked_again(gateway: Gateway) -> None:
     gateway.release()
     gateway.result = rollout_pb2.ClaimResult(closed_plan=RELEASE, closed_for_ms=60_000)

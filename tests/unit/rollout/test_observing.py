@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from groundswell.device.v1 import device_pb2
+from groundswell.registry.v1 import registry_pb2
 from groundswell.rollout.v1 import events_pb2, rollout_pb2
 
 from libs.errors import InvalidArgumentError
-from services.rollout.domain import AuthorizeSwitches, RecordObservations
+from services.rollout.domain import AuthorizeSwitch, AuthorizeSwitches, RecordObservations
 from services.rollout.domain.state import DUE_BUCKET_MS
 from tests.simulation.rollout.world import GATEWAY, Rollout
 from tests.unit.rollout.conftest import Small
@@ -305,18 +306,69 @@ def test_a_report_that_is_no_step_does_not_hide_the_check_in(small: Small) -> No
     assert small.leader.state.seen[device.name].counter == item.counter
 
 
-def test_a_confirmation_says_by_itself_that_something_else_runs(small: Small) -> None:
+def test_a_confirmation_says_with_its_first_step_that_something_else_runs(small: Small) -> None:
     small.start()
     device = small.device()
     small.granted(device)
     small.ask_go(device)
     device.reports.clear()
     device.switch()
+    size, told = len(small.leader.log), len(small.leader.public)
+    small.said(device)
+    assert _names(small, size)[:2] == ["AttemptMoved", "AttemptMoved"]
+    assert [event.payload.HasField("observed") for event in small.leader.log[size : size + 2]] == [True, False]
+    changes = [it.change for _, it in small.leader.public[told:] if hasattr(it, "change")]
+    assert changes[:2] == ["device.release_changed", "device.update_confirmed"]
+    small.leader.replay()
+
+
+def test_running_something_else_without_a_step_is_told_by_itself(small: Small) -> None:
+    small.start()
+    device = small.device()
+    small.granted(device)
+    device.reports.clear()
+    device.running = registry_pb2.ReportedState(version="0.9.0", security_version=1)
     size = len(small.leader.log)
     small.said(device)
-    assert _names(small, size)[:3] == ["DeviceObserved", "AttemptMoved", "AttemptMoved"]
-    published = [it.change for _, it in small.leader.public if isinstance(it, events_pb2.DeviceReported)]
-    assert published.count("device.release_changed") >= 1
+    assert _names(small, size)[:1] == ["DeviceObserved"]
+
+
+def test_leave_to_switch_holds_the_check_in_that_asked(small: Small) -> None:
+    small.start()
+    device = small.device()
+    name = small.granted(device)
+    device.reports.clear()
+    size = len(small.leader.log)
+    small.beat(3)
+    item = device.item()
+    request = rollout_pb2.AuthorizeSwitchRequest(
+        organization="acme", attempt=name, device=device.name, check_in=item
+    )
+    answer = small.leader.do(AuthorizeSwitch(request, 0))
+    assert isinstance(answer, rollout_pb2.AuthorizeSwitchResponse)
+    assert answer.answer == rollout_pb2.AuthorizeSwitchResponse.ANSWER_GO
+    assert [name for name in _names(small, size) if name != "ObservationsRecorded"] == ["GoGiven"]
+    seen = small.leader.state.seen[device.name]
+    assert (seen.counter, seen.last_seen_ms) == (item.counter, small.leader.state.stream_ms)
+    small.leader.replay()
+
+
+def test_a_refused_switch_holds_it_too(small: Small) -> None:
+    small.start()
+    device = small.device()
+    name = small.granted(device)
+    device.reports.clear()
+    small.add_device("d1", "canary", release=small.base["canary"], quarantined=True)
+    item = device.item()
+    size = len(small.leader.log)
+    request = rollout_pb2.AuthorizeSwitchRequest(
+        organization="acme", attempt=name, device=device.name, check_in=item
+    )
+    answer = small.leader.do(AuthorizeSwitch(request, 0))
+    assert isinstance(answer, rollout_pb2.AuthorizeSwitchResponse)
+    assert answer.answer == rollout_pb2.AuthorizeSwitchResponse.ANSWER_WAIT
+    assert _names(small, size) == ["DeviceObserved"]
+    assert small.leader.state.seen[device.name].counter == item.counter
 
 
 def test_a_deadline_that_signs_of_life_moved_comes_when_it_is_due_and_not_before(small: Small) -> None:
