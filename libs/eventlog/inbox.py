@@ -8,6 +8,7 @@ claim.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,7 @@ class Inbox(Generic[S]):
         self.meter = LagMeter(self._sources)
         self.problem = ""
         self._taken_in: dict[TopicPartition, int] = {}
+        self._wanted = asyncio.Event()
 
     async def run(self) -> None:
         """Until cancelled. A failure is retried from the watermark, which is in the log."""
@@ -108,6 +110,10 @@ class Inbox(Generic[S]):
                 return
             await asyncio.sleep(pause)
             pause = min(pause * 2, self._config.retry_most_s)
+
+    def hurry(self) -> None:
+        """Somebody waits for what comes next."""
+        self._wanted.set()
 
     @property
     def _service(self) -> str:
@@ -139,6 +145,7 @@ class Inbox(Generic[S]):
         try:
             while True:
                 records = await tail.fetch(self._config.lag_every_s * FETCH_SHARE)
+                began = monotonic()
                 for start in range(0, len(records), self._config.inbox_chunk):
                     await self._enter(records[start : start + self._config.inbox_chunk])
                 self.problem = ""
@@ -147,9 +154,19 @@ class Inbox(Generic[S]):
                     self.meter.reached(source, tail.position(source))
                 if measuring.done():
                     measuring.result()
+                if records:
+                    await self._rest(began + self._config.inbox_pace_s - monotonic())
         finally:
             measuring.cancel()
             await tail.close()
+
+    async def _rest(self, seconds: float) -> None:
+        """Let more records come, unless somebody waits for them."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._wanted.wait()
+        self._wanted.clear()
 
     async def _enter(self, records: Sequence[Record], *, again: bool = False) -> None:
         works = []

@@ -103,7 +103,7 @@ class Runtime(Generic[S]):
         self._snapshots = None if snapshots is None else Snapshots(self._schema, domain.service, config, snapshots)
         self._tail = OwnTail(log, self._topic, self._replicas, self._freshness, self._snapshots)
         self._seats: dict[int, Seat[S]] = {}
-        self._waits = TokenWaits(log, config, self._schema, self._replicas, self._source_lag)
+        self._waits = TokenWaits(log, config, self._schema, self._replicas, self._source_lag, self._hurry)
         self._supervised: dict[str, asyncio.Task[None]] = {}
         self._dead: list[str] = []
         self._stopping = False
@@ -377,6 +377,11 @@ class Runtime(Generic[S]):
     def _source_lag(self, partition: int, source: TopicPartition) -> float:
         seat = self._seats.get(partition)
         return math.inf if seat is None or seat.inbox is None else seat.inbox.meter.lag(source)
+
+    def _hurry(self, partition: int) -> None:
+        seat = self._seats.get(partition)
+        if seat is not None and seat.inbox is not None:
+            seat.inbox.hurry()
 
     async def catch_up(self, organization: str, deadline: Deadline) -> None:
         """Wait until reads here reflect all that was committed, by whatever leader, when this was asked."""

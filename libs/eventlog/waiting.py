@@ -26,7 +26,10 @@ _LATE_MARKER_S = 2.0
 
 
 class TokenWaits(Generic[S]):
-    """`source_lag(partition, source)` is how far the Inbox is behind a source, infinite where it does not run."""
+    """`source_lag(partition, source)` is how far the Inbox is behind a source, infinite where it does not run.
+
+    `hurry(partition)` tells the Inbox that somebody waits for it.
+    """
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class TokenWaits(Generic[S]):
         schema: Schema[S],
         replicas: Sequence[Replica[S]],
         source_lag: Callable[[int, TopicPartition], float],
+        hurry: Callable[[int], None],
     ) -> None:
         self._log = log
         self._config = config
@@ -43,6 +47,7 @@ class TokenWaits(Generic[S]):
         self._topic = events_topic(config.env, self._service)
         self._replicas = replicas
         self._source_lag = source_lag
+        self._hurry = hurry
 
     async def wait_for(self, tokens: Sequence[Token], deadline: Deadline) -> None:
         """Wait until reads here reflect the tokens: own ones in the view, foreign ones in the Inbox."""
@@ -84,6 +89,7 @@ class TokenWaits(Generic[S]):
             if self._source_lag(token.partition, TopicPartition(*source)) < monotonic() - asked - _LATE_MARKER_S:
                 # All that was committed well after the question has been taken in, and the number was not there.
                 raise log_reset(token)
+            self._hurry(token.partition)
             with contextlib.suppress(UnavailableError):
                 await replica.wait_change(deadline.earlier(0.5))
             if deadline.expired:

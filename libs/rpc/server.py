@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 MAX_REQUEST: Final = 4 * 1024 * 1024
 GRACE_S: Final = 3.0
 HEALTH_INTERVAL_S: Final = 0.25
+INBOX_PACE_S: Final = 0.2
+"""What services learn of each other waits for so long while it comes in streams, as in the updates of a fleet."""
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_REQUEST),
     ("grpc.max_send_message_length", 16 * 1024 * 1024),
@@ -90,12 +92,14 @@ def service_runtime(
     task_handlers: Mapping[str, TaskHandler] | None = None,
     *,
     forward: Forwarder | None = None,
+    inbox_pace_s: float = INBOX_PACE_S,
 ) -> Runtime[S]:
     """The runtime of a service as the settings have it: every service makes its own in this way."""
     config = RuntimeConfig(
         env=settings.env,
         partitions=settings.partitions,
         address=settings.address(domain.service, "internal"),
+        inbox_pace_s=inbox_pace_s,
         snapshot_every_events=settings.snapshot_every_events,
         snapshot_every_s=settings.snapshot_every_s,
     )

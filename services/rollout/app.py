@@ -49,7 +49,8 @@ async def build(settings: Settings, *, log: EventLog | None = None) -> RpcServer
     )
     releases_stub = releases_pb2_grpc.ReleasesInternalServiceStub(releases)
     redis = Redis.from_url(settings.redis, socket_timeout=2, socket_connect_timeout=2)
-    runtime: Runtime[State] = service_runtime(RolloutDomain(), log, settings, handlers(releases_stub))
+    # A stage that opens waits for what releases say of it, and with it a fleet: nothing is held up here.
+    runtime: Runtime[State] = service_runtime(RolloutDomain(), log, settings, handlers(releases_stub), inbox_pace_s=0.0)
     public = RolloutServicer(
         runtime, artifacts_pb2_grpc.ArtifactsInternalServiceStub(artifacts), releases_stub, redis, settings.env
     )
