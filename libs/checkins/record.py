@@ -67,7 +67,7 @@ class VerifiedBatch:
     seen: Sequence[tuple[str, bytes]] = ()
     """Device and serialized receipt of every item, in order; empty bytes where there is none."""
     items: Sequence[device_pb2.CheckInItem] = ()
-    """Those that are not idle, whole, in order."""
+    """Those that are not idle, in order, without their receipts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +217,7 @@ def read(claim: Claim, *, proven: bool, partitions: int) -> VerifiedBatch | Reje
                 return Rejected("ORGANIZATION_MISMATCH", "an item speaks of a device of another organization")
             seen.append((device, receipt[0] if len(receipt) == 1 else b"".join(receipt)))
             if not item.idle:
+                item.ClearField("receipt")
                 items.append(device_pb2.CheckInItem.FromString(item.SerializeToString()))
     except DecodeError:
         return Rejected("MALFORMED", "the value is not a CheckInBatch")

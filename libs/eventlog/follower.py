@@ -2,21 +2,24 @@
 
 Records reach a synchronous callback in the order of their partition, each one exactly once per follower. What is not
 understood is counted and handed to `on_parked`, so that whoever caches by resource can refuse to trust that resource. A
-callback that raises stops the follower for good: going on would mean having skipped a fact.
+callback that raises stops the follower for good: going on would mean having skipped a fact. Types to be ignored are
+understood and of no interest: their records are counted as followed and not read.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError, Message
+from groundswell.eventlog.v1.eventlog_pb2 import Envelope
 
 from libs.errors import UnavailableError
 from libs.eventlog.chores import back_off
-from libs.eventlog.codec import LOG_ID, header, read_envelope, types_by_name
+from libs.eventlog.codec import LOG_ID, header, read_envelope, read_headers, types_by_name
 from libs.eventlog.config import public_topic
 from libs.eventlog.deadline import Deadline, monotonic
 from libs.eventlog.ending import end, is_cancelled
@@ -54,6 +57,8 @@ class _Progress:
     position: int = -1
     next_position: int = 0
     parked: int = 0
+    passed: Record | None = None
+    """The last record, when it was one to ignore: how far it leads is read once for all of a fetch."""
 
 
 class PublicFollower:
@@ -68,6 +73,7 @@ class PublicFollower:
         *,
         env: str,
         types: Sequence[type[Message]],
+        ignored: Sequence[type[Message]] = (),
         on_parked: Callable[[ParkedRecord], None] | None = None,
         lag_every_s: float = 1.0,
     ) -> None:
@@ -77,6 +83,7 @@ class PublicFollower:
         """Why the follower stopped; empty while it lives."""
         self._log = log
         self._types = types_by_name(types)
+        self._ignored = frozenset(types_by_name(ignored))
         self._on_record = on_record
         self._on_parked = on_parked
         self._lag_every_s = lag_every_s
@@ -194,6 +201,8 @@ class PublicFollower:
 
     def _reached(self, tail: Tail) -> None:
         for place, progress in self._progress.items():
+            if progress.passed is not None:
+                self._pass(progress, progress.passed)
             progress.next_position = tail.position(place)
             self._meter.reached(place, progress.next_position)
         self._notify()
@@ -212,9 +221,12 @@ class PublicFollower:
         progress = self._progress[TopicPartition(record.topic, record.partition)]
         if record.position <= progress.position:
             return
-        log_id = header(record, LOG_ID).decode("utf-8", "replace")
         try:
-            envelope, _, event_type = read_envelope(record)
+            envelope_bytes, event_type = read_headers(record)
+            if event_type in self._ignored:
+                progress.position, progress.passed = record.position, record
+                return
+            envelope = Envelope.FromString(envelope_bytes)
         except DecodeError:
             self._park(
                 progress, ParkedRecord(self.service, record.topic, record.partition, record.position, 0, "", "", "")
@@ -235,10 +247,21 @@ class PublicFollower:
                     Foreign(*head, envelope.organization, envelope.resource, payload, envelope.occurred_at_ms)
                 )
             progress.public_seq = max(progress.public_seq, envelope.public_seq)
-        progress.position = record.position
-        progress.log_id = log_id or progress.log_id
+        progress.position, progress.passed = record.position, None
+        progress.log_id = _log_id(record) or progress.log_id
+
+    @staticmethod
+    def _pass(progress: _Progress, record: Record) -> None:
+        progress.passed = None
+        progress.log_id = _log_id(record) or progress.log_id
+        with contextlib.suppress(DecodeError):
+            progress.public_seq = max(progress.public_seq, read_envelope(record)[0].public_seq)
 
     def _park(self, progress: _Progress, parked: ParkedRecord) -> None:
         progress.parked += 1
         if self._on_parked is not None:
             self._on_parked(parked)
+
+
+def _log_id(record: Record) -> str:
+    return header(record, LOG_ID).decode("utf-8", "replace")

@@ -39,6 +39,12 @@ REGISTRY_RECORDS: Final = (
     events_pb2.RoleChanged,
 )
 """Every public record type of the registry."""
+_HEEDED: Final = (events_pb2.ApiKeyChanged, events_pb2.MemberChanged, events_pb2.RoleChanged, events_pb2.GatewayChanged)
+
+
+def registry_records_but(*heeded: type[Message]) -> tuple[type[Message], ...]:
+    """What a follower of the registry ignores that heeds these alone; devices are most of what there is."""
+    return tuple(kind for kind in REGISTRY_RECORDS if kind not in heeded)
 
 
 def key_record(
@@ -87,7 +93,8 @@ class AccessDirectory:
             settings.partitions,
             self._apply,
             env=settings.env,
-            types=REGISTRY_RECORDS,
+            types=_HEEDED,
+            ignored=registry_records_but(*_HEEDED),
             on_parked=self._forget,
         )
 

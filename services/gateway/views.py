@@ -171,7 +171,8 @@ class GatewayViews:
         self._rollouts: dict[str, rollout_pb2.Rollout] = {}
         self._plans: dict[str, tuple[PlanFacts, ...]] = {}
         self._live_attempts: dict[str, str] = {}
-        self._parked: set[str] = set()
+        self._parked: dict[str, set[str]] = {}
+        """Resources of which a record is not understood, with the services that wrote it."""
         self._no_policy = registry_pb2.ConfigurationPolicy()
         self._shared: list[dict[tuple[object, ...], Decided]] = [{} for _ in range(partitions)]
         self._positions: list[tuple[int, bytes] | None] = [None] * partitions
@@ -202,8 +203,10 @@ class GatewayViews:
 
     def _apply(self, record: Foreign) -> None:
         self._moves += 1
-        if record.resource in self._parked:
-            self._parked.discard(record.resource)
+        if record.service in self._parked.get(record.resource, ()):
+            self._parked[record.resource].discard(record.service)
+            if not self._parked[record.resource]:
+                del self._parked[record.resource]
             self._shared[record.partition].clear()
         kind = type(record.payload)
         if kind in _DECISIVE:
@@ -215,7 +218,7 @@ class GatewayViews:
     def _on_parked(self, record: ParkedRecord) -> None:
         """What is not understood is not guessed: its resource is offered to nobody until it is understood again."""
         self._moves += 1
-        self._parked.add(record.resource)
+        self._parked.setdefault(record.resource, set()).add(record.service)
         self._shared[record.partition].clear()
         if record.service == "registry":
             self._devices.changed(record.partition, record.position, record.resource, None)

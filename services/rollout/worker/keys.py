@@ -9,7 +9,7 @@ from libs.eventlog import Foreign, partition_of
 from libs.eventlog.follower import PublicFollower
 from libs.eventlog.ports import EventLog
 from libs.names import organization_of
-from libs.rpc.directory import REGISTRY_RECORDS
+from libs.rpc.directory import registry_records_but
 
 
 class FollowedGatewayKeys:
@@ -18,7 +18,15 @@ class FollowedGatewayKeys:
     def __init__(self, log: EventLog, env: str, partitions: int) -> None:
         self._partitions = partitions
         self._keys: dict[str, GatewayKey] = {}
-        self.follower = PublicFollower(log, "registry", partitions, self._apply, env=env, types=REGISTRY_RECORDS)
+        self.follower = PublicFollower(
+            log,
+            "registry",
+            partitions,
+            self._apply,
+            env=env,
+            types=(events_pb2.GatewayChanged,),
+            ignored=registry_records_but(events_pb2.GatewayChanged),
+        )
 
     def _apply(self, record: Foreign) -> None:
         if isinstance(record.payload, events_pb2.GatewayChanged):

@@ -53,6 +53,35 @@ async def test_follows_all_partitions_in_order(world: World) -> None:
     await follower.stop()
 
 
+async def test_what_is_ignored_is_followed_and_not_read(world: World) -> None:
+    source = await world.start()
+    await source.lead()
+    seen: list[str] = []
+    parked: list[ParkedRecord] = []
+    follower = PublicFollower(
+        world.log(),
+        "registry",
+        4,
+        lambda record: seen.append(record.resource),
+        env=world.env,
+        types=(StringValue,),
+        ignored=(BytesValue,),
+        on_parked=parked.append,
+        lag_every_s=0.1,
+    )
+    await follower.start()
+    await follower.caught_up(soon())
+    await source.put("a", "1")
+    done = await source.submit(Put("b", "2", public=BytesValue(value=b"?")))
+    await follower.wait_for(done.token, soon())
+    assert follower.public_seq(HOME) == done.token.public_seq == 2
+    assert follower.token(HOME).log_id == done.token.log_id
+    done = await source.put("c", "3")
+    await follower.wait_for(done.token, soon())
+    assert (seen, parked) == (["a", "c"], [])
+    await follower.stop()
+
+
 async def test_a_failing_callback_stops_it_and_everybody_learns(world: World) -> None:
     source = await world.start()
     await source.lead()

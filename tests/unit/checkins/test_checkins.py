@@ -111,6 +111,17 @@ def test_an_item_may_be_written_in_parts() -> None:
     assert not result.items, "idle, whatever part says so"
 
 
+def test_what_matters_is_handed_on_without_its_receipt() -> None:
+    message = batch(items=2)
+    for item in message.items:
+        item.receipt.answer = "none"
+    message.items[1].idle = True
+    result = judge(message)
+    assert isinstance(result, VerifiedBatch)
+    assert [receipt for _, receipt in result.seen] == [device_pb2.Receipt(answer="none").SerializeToString()] * 2
+    assert list(result.items) == [batch().items[0]]
+
+
 def test_an_organizations_own_gateway_speaks_for_it() -> None:
     assert isinstance(judge(batch(OWN), gateway=OWN), VerifiedBatch)
 

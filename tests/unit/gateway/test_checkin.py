@@ -313,6 +313,16 @@ async def test_devices_of_one_kind_share_a_decision_and_others_do_not(gateway: G
     assert await codes(gateway, view_of(7)) == candidate
 
 
+async def test_another_services_word_does_not_make_a_record_understood(gateway: Gateway) -> None:
+    """A cohort is a resource of the registry, and its graph of releases comes from another service."""
+    gateway.release()
+    gateway.views._on_parked(ParkedRecord("releases", "t", gateway.partition, 99, 99, "acme", COHORT, "x.Y"))
+    gateway.say("registry", COHORT, registry_events.CohortChanged(cohort=registry_pb2.Cohort(name=COHORT)))
+    assert (await codes(gateway, view_of(1)))[-1] == "NO_RELEASES"
+    gateway.release()
+    assert (await codes(gateway, view_of(1)))[-1] == "CANDIDATE"
+
+
 @pytest.mark.parametrize("what", ["graph", "bundle", "rollout", "parked cohort", "parked cohort, understood again"])
 async def test_a_record_that_could_change_a_shared_decision_ends_it(gateway: Gateway, what: str) -> None:
     gateway.release()
