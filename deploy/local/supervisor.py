@@ -25,6 +25,7 @@ import msgspec
 from deploy.local import pids
 from deploy.local.files import write
 from deploy.local.specs import Spec, is_ready
+from libs.scheduling import prefer_throughput
 
 NAME = "supervisor"
 FIRST_BACKOFF = 0.5
@@ -279,6 +280,7 @@ def main(local_dir: Path) -> int:
         pids.record(run_dir, NAME, os.getpid())
         # A probe that fails is the answer "not yet"; the client libraries would write a line for each.
         logging.getLogger().addHandler(logging.NullHandler())
+        prefer_throughput()  # for the servers too: they are started from here
         asyncio.run(Supervisor(run_dir, logs_dir).run())
         pids.forget(run_dir, NAME)
     return 0

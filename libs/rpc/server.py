@@ -33,6 +33,7 @@ from libs.rpc.audit import AuditServicer
 from libs.rpc.certificates import server_credentials
 from libs.rpc.forward import LeaderForwarder
 from libs.rpc.interceptor import Gate
+from libs.scheduling import prefer_throughput
 from libs.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -258,6 +259,7 @@ def configure_logging() -> None:
 def serve(name: str, build: Callable[[Settings], Awaitable[App]]) -> None:
     """Run a service until SIGTERM or SIGINT. Exit status 1 when it has to be started anew."""
     configure_logging()
+    prefer_throughput()
     sys.exit(uvloop.run(_serve(name, build)))
 
 

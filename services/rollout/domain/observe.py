@@ -187,9 +187,7 @@ def _confirms(attempt: Attempt, running: Running) -> bool:
     return attempt.leads_to(running) and running.version == attempt.version
 
 
-def _confirm(
-    draft: Draft, attempt: Attempt, running: Running, observed: Observation | None = None
-) -> bool:
+def _confirm(draft: Draft, attempt: Attempt, running: Running, observed: Observation | None = None) -> bool:
     if not _confirms(attempt, running):
         return False
     before = attempt

@@ -30,6 +30,7 @@ from libs.checkins.producer import checkin_topic
 from libs.eventlog.collector import tune_collector
 from libs.eventlog.kafka import KafkaLog, close, stopped
 from libs.rpc import channel, configure_logging
+from libs.scheduling import prefer_throughput
 from libs.settings import Settings
 from services.rollout.worker.dead import DeadLetters
 from services.rollout.worker.keys import FollowedGatewayKeys
@@ -231,4 +232,5 @@ async def run(settings: Settings) -> int:
 def main() -> None:
     """Entry of `python -m services.rollout.worker`."""
     configure_logging()
+    prefer_throughput()
     sys.exit(uvloop.run(run(Settings())))

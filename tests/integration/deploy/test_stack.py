@@ -89,6 +89,11 @@ def test_a_killed_process_comes_back_and_the_log_says_so(stack: Settings) -> Non
     assert "one: restarted" in log
 
 
+def test_what_it_starts_is_batch_work(stack: Settings) -> None:
+    control.start(stack, (_spec(stack, "one"),), say=_quiet)
+    assert os.sched_getscheduler(_pid(stack, "one")) == os.SCHED_BATCH
+
+
 def test_a_second_start_starts_nothing(stack: Settings) -> None:
     spec = _spec(stack, "one")
     assert control.start(stack, (spec,), say=_quiet) == ["one"]

@@ -341,9 +341,7 @@ def test_leave_to_switch_holds_the_check_in_that_asked(small: Small) -> None:
     size = len(small.leader.log)
     small.beat(3)
     item = device.item()
-    request = rollout_pb2.AuthorizeSwitchRequest(
-        organization="acme", attempt=name, device=device.name, check_in=item
-    )
+    request = rollout_pb2.AuthorizeSwitchRequest(organization="acme", attempt=name, device=device.name, check_in=item)
     answer = small.leader.do(AuthorizeSwitch(request, 0))
     assert isinstance(answer, rollout_pb2.AuthorizeSwitchResponse)
     assert answer.answer == rollout_pb2.AuthorizeSwitchResponse.ANSWER_GO
@@ -361,9 +359,7 @@ def test_a_refused_switch_holds_it_too(small: Small) -> None:
     small.add_device("d1", "canary", release=small.base["canary"], quarantined=True)
     item = device.item()
     size = len(small.leader.log)
-    request = rollout_pb2.AuthorizeSwitchRequest(
-        organization="acme", attempt=name, device=device.name, check_in=item
-    )
+    request = rollout_pb2.AuthorizeSwitchRequest(organization="acme", attempt=name, device=device.name, check_in=item)
     answer = small.leader.do(AuthorizeSwitch(request, 0))
     assert isinstance(answer, rollout_pb2.AuthorizeSwitchResponse)
     assert answer.answer == rollout_pb2.AuthorizeSwitchResponse.ANSWER_WAIT
