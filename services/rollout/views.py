@@ -11,7 +11,7 @@ from groundswell.rollout.v1 import rollout_pb2
 from libs.errors import NotFoundError
 from services.rollout.domain import State, summary
 from services.rollout.domain.attempts import attempt_proto
-from services.rollout.domain.observe import reported_proto
+from services.rollout.domain.observation import reported_proto
 from services.rollout.domain.stages import view
 from services.rollout.domain.state import Attempt, Plan, Seen
 
