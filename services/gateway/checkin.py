@@ -52,8 +52,6 @@ def reason(code: str, message: str, subject: str = "", *, blocking: bool = True)
     return device_pb2.Reason(code=code, message=message, subject=subject, blocking=blocking)
 
 
-_TAKEN_IN: Final = frozenset({"offer", "go"})
-"""Answers that only the leader gives, and only when it has all that the check-in said in its log: nothing is new."""
 _BACKLOG: Final = reason(
     "CHECKINS_UNAVAILABLE", "the log of check-ins takes nothing just now: nothing is decided or recorded, try later"
 )
@@ -107,8 +105,8 @@ class CheckInHandler:
             steps=answer.reasons, answer=answer.kind, attempt=answer.attempt, decided_at_ms=now_ms
         )
         item += device_pb2.CheckInItem(receipt=receipt).SerializeToString()
-        if answer.kind in _TAKEN_IN and not body.reports:
-            item += IDLE
+        if answer.kind == "go" and not body.reports:
+            item += IDLE  # leave to switch holds the check-in that asked; a grant need not hold the one that claimed
         reasons = reasons_json(answer.reasons) if answer.reasons or decided is None else decided.reasons
         batch = self._publisher.enqueue(view.organization, item)
         more = _members(answer.body)

@@ -351,6 +351,21 @@ def test_leave_to_switch_holds_the_check_in_that_asked(small: Small) -> None:
     small.leader.replay()
 
 
+def test_a_second_agent_under_the_counter_of_a_claim_is_found_out(small: Small) -> None:
+    small.start()
+    device = small.device()
+    small.said(device)
+    item = device.item()
+    assert small.claim(device, item).HasField("offer")
+    small.append(item)
+    small.deliver()
+    other = device_pb2.CheckInItem.FromString(item.SerializeToString())
+    other.body_sha256 = b"another body".ljust(32)
+    small.append(other)
+    small.deliver()
+    assert small.leader.state.seen[device.name].cloned
+
+
 def test_a_refused_switch_holds_it_too(small: Small) -> None:
     small.start()
     device = small.device()
