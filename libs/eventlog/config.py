@@ -59,7 +59,7 @@ class RuntimeConfig:
     inbox_chunk: int = 500
     inbox_pace_s: float = 0.0
     """A busy Inbox takes in at once what came in such a time: each taking in is a transaction, which costs the same for
-    one record as for hundreds. After a pause the first record is taken in at once; so is what a reader waits for."""
+    one record as for hundreds. Single records are taken in at once, and so is what a reader waits for."""
     lag_every_s: float = 1.0
     beat_every_s: float = 24 * 3600.0
     """An idle leader commits a beat, because brokers forget idle transactional ids."""

@@ -31,6 +31,10 @@ FETCH_SHARE = 0.25
 """A tail notices markers only when a fetch ends, so fetches are shorter than the interval of measuring."""
 
 
+BUSY = 10
+"""Records of one fetch that are a stream, and not what a person or a script did: that is taken in at once."""
+
+
 class SourceResetError(Exception):
     """A foreign log was made anew: what was taken from the old one cannot be reconciled by waiting."""
 
@@ -154,7 +158,7 @@ class Inbox(Generic[S]):
                     self.meter.reached(source, tail.position(source))
                 if measuring.done():
                     measuring.result()
-                if records:
+                if len(records) >= BUSY:
                     await self._rest(began + self._config.inbox_pace_s - monotonic())
         finally:
             measuring.cancel()
