@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-PYTHON ?= python3
+# Empty: deploy/interpreter.py chooses.
+PYTHON ?=
 PY := .venv/bin/python
 # `make test T=tests/unit/deploy` narrows any test target to a path, a node id or a `-k`-style list of them.
 T ?=
@@ -27,8 +28,8 @@ help: ## list the targets
 setup: $(SETUP) ## make .venv from requirements.lock
 
 $(SETUP): requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try: make setup PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@test -x $(PY) || { python="$(PYTHON)"; test -n "$$python" || python=$$(python3 deploy/interpreter.py); "$$python" -m venv .venv; }
+	@$(PY) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try: rm -r .venv && make setup PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@$(PY) -m pip --disable-pip-version-check install -q --require-hashes -r requirements.lock
 	@site=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && printf '%s\n%s\n' "$(CURDIR)" "$(CURDIR)/gen" > "$$site/groundswell.pth"
 	@touch $@

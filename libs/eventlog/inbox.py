@@ -35,6 +35,10 @@ BUSY = 10
 """Records of one fetch that are a stream, and not what a person or a script did: that is taken in at once."""
 
 
+DRAIN_S = 0.05
+"""How long the broker has to say what else there is."""
+
+
 class SourceResetError(Exception):
     """A foreign log was made anew: what was taken from the old one cannot be reconciled by waiting."""
 
@@ -146,10 +150,14 @@ class Inbox(Generic[S]):
     async def _follow(self) -> None:
         tail = await self._log.open_tail({source: self.start_position(source) for source in self._sources})
         measuring = asyncio.create_task(self._measure())
+        rested = False
         try:
             while True:
                 records = await tail.fetch(self._config.lag_every_s * FETCH_SHARE)
                 began = monotonic()
+                if rested and records:
+                    # A tail asks ahead once, so these came right after the last fetch. The next answer has the rest.
+                    records = [*records, *await tail.fetch(DRAIN_S)]
                 for start in range(0, len(records), self._config.inbox_chunk):
                     await self._enter(records[start : start + self._config.inbox_chunk])
                 self.problem = ""
@@ -158,19 +166,19 @@ class Inbox(Generic[S]):
                     self.meter.reached(source, tail.position(source))
                 if measuring.done():
                     measuring.result()
-                if len(records) >= BUSY:
-                    await self._rest(began + self._config.inbox_pace_s - monotonic())
+                rested = len(records) >= BUSY and await self._rest(began + self._config.inbox_pace_s - monotonic())
         finally:
             measuring.cancel()
             await tail.close()
 
-    async def _rest(self, seconds: float) -> None:
-        """Let more records come, unless somebody waits for them."""
+    async def _rest(self, seconds: float) -> bool:
+        """Let more records come, unless somebody waits for them; false without a pace."""
         if seconds > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self._wanted.wait()
         self._wanted.clear()
+        return seconds > 0
 
     async def _enter(self, records: Sequence[Record], *, again: bool = False) -> None:
         works = []

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 MAX_REQUEST: Final = 4 * 1024 * 1024
 GRACE_S: Final = 3.0
 HEALTH_INTERVAL_S: Final = 0.25
-INBOX_PACE_S: Final = 0.2
+INBOX_PACE_S: Final = 0.5
 """What services learn of each other waits for so long while it comes in streams, as in the updates of a fleet."""
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", MAX_REQUEST),
