@@ -63,10 +63,6 @@ class KafkaTimes:
     """An event loop that is stuck for this long loses its leases."""
     request_ms: int = 10_000
     fetch_wait_ms: int = 500
-    """How long the broker holds an empty answer to a tail of several partitions. A partition whose records lay unread
-    when the tail asked is not part of the question, and waits for its end."""
-    lone_fetch_wait_ms: int = 5_000
-    """The same for a tail of one partition, whose question is always about all it reads."""
 
 
 _MAX_BATCH_BYTES = 900_000
@@ -108,8 +104,7 @@ class KafkaLog:
         return KafkaAppender(producer, transactional_id, self.times)
 
     async def open_tail(self, positions: Mapping[TopicPartition, int]) -> KafkaTail:
-        wait_ms = self.times.fetch_wait_ms if len(positions) > 1 else self.times.lone_fetch_wait_ms
-        consumer = self._consumer(fetch_max_wait_ms=wait_ms, max_poll_records=2000)
+        consumer = self._consumer(fetch_max_wait_ms=self.times.fetch_wait_ms, max_poll_records=2000)
         places = {KafkaPlace(*place): position for place, position in positions.items()}
         consumer.assign(list(places))
         try:
