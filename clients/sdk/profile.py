@@ -1,7 +1,8 @@
 """Where the servers are and with which key to speak: a small JSON file that ``make up`` writes.
 
-Found by ``GROUNDSWELL_PROFILE``, else ``.local/profile.json`` below the working directory. ``GROUNDSWELL_API_KEY``
-wins over the key in the file. Paths in the file are relative to it.
+Found by ``GROUNDSWELL_PROFILE``, else ``.local/profile.json`` below the working directory; the command ``swell`` of a
+checkout goes on to the checkout's own. ``GROUNDSWELL_API_KEY`` wins over the key in the file. Paths in the file are
+relative to it.
 """
 
 from __future__ import annotations
