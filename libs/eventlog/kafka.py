@@ -12,9 +12,9 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
 from aiokafka import TopicPartition as KafkaPlace
@@ -22,10 +22,12 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import InvalidProducerEpoch, KafkaError, OffsetOutOfRangeError, ProducerFenced
 
-from libs.eventlog.ending import is_cancelled
+from libs.eventlog.ending import end, is_cancelled
 from libs.eventlog.ports import FencedError, LogError, NewRecord, Record, TopicPartition, UnknownOutcomeError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +67,13 @@ class KafkaTimes:
     fetch_wait_ms: int = 500
 
 
+FAILURES: Final = (KafkaError, OSError, AssertionError)
+"""What aiokafka raises when the log cannot do what it was asked. It asserts that it knows a broker, and one that was
+away for a while answers at first that its cluster has none."""
 _MAX_BATCH_BYTES = 900_000
 _CLOSE_WITHIN_S = 2.0
-_closing: set[asyncio.Task[None]] = set()
-"""Clients being stopped; they go on when whoever asked for it is cancelled."""
+_background: set[asyncio.Task[None]] = set()
+"""Clients being stopped, and steps that took too long: each is cancelled until it has ended."""
 
 
 class KafkaLog:
@@ -93,9 +98,8 @@ class KafkaLog:
             max_batch_size=_MAX_BATCH_BYTES,
         )
         try:
-            async with asyncio.timeout(self.times.request_ms / 1000):
-                await producer.start()
-        except (KafkaError, OSError, TimeoutError) as error:
+            await within(self.times.request_ms / 1000, producer.start())
+        except FAILURES as error:  # a TimeoutError is an OSError
             await close(producer.stop())
             raise LogError(f"{transactional_id}: {error!r}") from error
         except asyncio.CancelledError:
@@ -111,7 +115,7 @@ class KafkaLog:
             await consumer.start()
             for place, position in places.items():
                 consumer.seek(place, position)
-        except (KafkaError, OSError) as error:
+        except FAILURES as error:
             await close(stopped(consumer))
             raise LogError(repr(error)) from error
         except asyncio.CancelledError:
@@ -126,14 +130,14 @@ class KafkaLog:
                 consumer = self._consumer()
                 try:
                     await consumer.start()
-                except (KafkaError, OSError) as error:
+                except FAILURES as error:
                     await close(stopped(consumer))
                     raise LogError(repr(error)) from error
                 self._ends = consumer
         places = [KafkaPlace(*place) for place in partitions]
         try:
             ends = await self._ends.end_offsets(places)
-        except (KafkaError, OSError) as error:
+        except FAILURES as error:
             raise LogError(repr(error)) from error
         return {TopicPartition(place.topic, place.partition): end for place, end in ends.items()}
 
@@ -144,7 +148,7 @@ class KafkaLog:
             for row in await admin.describe_topics([topic]):
                 if row["topic"] == topic and row["error_code"] == 0:
                     return len(row["partitions"])
-        except (KafkaError, OSError) as error:
+        except FAILURES as error:
             raise LogError(repr(error)) from error
         finally:
             await close(admin.close())
@@ -164,7 +168,7 @@ class KafkaLog:
         consumer.subscribe([topic], listener=election.listener(consumer))
         try:
             await consumer.start()
-        except (KafkaError, OSError) as error:
+        except FAILURES as error:
             await close(stopped(consumer))
             raise LogError(repr(error)) from error
         except asyncio.CancelledError:
@@ -189,21 +193,35 @@ class KafkaLog:
         return AIOKafkaConsumer(**(self._common | defaults | options))
 
 
-async def close(stopping: Awaitable[None]) -> None:
-    """Stop a client whose broker may be gone: bounded, and no reason to fail.
+async def within(seconds: float, step: Coroutine[Any, Any, T]) -> T:
+    """What the step returns, or `TimeoutError`.
 
-    In a task of its own, because aiokafka loses cancellations while it stops: the caller's must not be among them.
+    In a task of its own: aiokafka may lose the cancellation of a time-out, and whoever waits must go on all the same.
     """
+    task = asyncio.create_task(step)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise TimeoutError(f"not done within {seconds:g} s")
+        return task.result()
+    finally:
+        if not task.done():
+            ending = asyncio.create_task(end(task))
+            _background.add(ending)
+            ending.add_done_callback(_background.discard)
+
+
+async def close(stopping: Coroutine[Any, Any, None]) -> None:
+    """Stop a client whose broker may be gone: bounded, no reason to fail, and not given up when the caller is."""
     task = asyncio.create_task(_bounded(stopping))
-    _closing.add(task)
-    task.add_done_callback(_closing.discard)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
     await asyncio.wait({task})
 
 
-async def _bounded(stopping: Awaitable[None]) -> None:
+async def _bounded(stopping: Coroutine[Any, Any, None]) -> None:
     try:
-        async with asyncio.timeout(_CLOSE_WITHIN_S):
-            await stopping
+        await within(_CLOSE_WITHIN_S, stopping)
     except Exception as error:  # noqa: BLE001 - it is being thrown away
         logger.debug("closing a Kafka client: %r", error)
 
@@ -305,7 +323,7 @@ class KafkaTail:
                 self._positions[place] = await self._consumer.position(kafka_place)
         except OffsetOutOfRangeError as error:
             raise LogError(f"the log does not have the position that was read last: {error!r}") from error
-        except (KafkaError, OSError) as error:
+        except FAILURES as error:
             raise LogError(repr(error)) from error
         return [
             Record(

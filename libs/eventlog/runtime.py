@@ -251,8 +251,13 @@ class Runtime(Generic[S]):
                     failures = 0 if leadership.has_served else failures + 1
                     seat.problem = str(error) if isinstance(error, ClaimFailedError) else ""
                     logger.warning("resigned %s/%d: %s: %s", self.service, partition, type(error).__name__, error)
-                    if self._wanted(seat):
-                        await asyncio.sleep(back_off(0.02, self.config.claim_retry_most_s, failures))
+                except Exception as error:
+                    # A partition without a leader is worse than whatever this is: the next claim fences what is left.
+                    failures += 1
+                    seat.problem = f"{type(error).__name__}: {error}"
+                    logger.exception("leading %s/%d failed", self.service, partition)
+                if self._wanted(seat):
+                    await asyncio.sleep(back_off(0.02, self.config.claim_retry_most_s, failures))
         finally:
             self._seats.pop(partition, None)
 
