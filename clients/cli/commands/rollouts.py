@@ -335,7 +335,10 @@ def rollout_watch(
     name: str,
     until_end: Annotated[bool, typer.Option(help="Leave when the rollout has ended.")] = True,
 ) -> None:
-    """Follow a rollout live: `swell rollout watch to-1-4-0`. With `--output json`: one line per change."""
+    """Follow a rollout live: `swell rollout watch to-1-4-0`. Into a file or a pipe: one line per change.
+
+    With `--output json` each line is the whole answer.
+    """
     state = session(context)
     updates = _updates(state, rollout_pb2.WatchRolloutRequest(name=state.name_in_product("rollouts", name)))
     if state.form == "json":
@@ -345,7 +348,12 @@ def rollout_watch(
             if until_end and update.rollout.state in ENDED:
                 return
         return
-    with Live(console=state.output.console, refresh_per_second=8) as live:
+    console = state.output.console
+    if not console.is_terminal:
+        for text in _lines(updates, until_end=until_end):
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
+        return
+    with Live(console=console, refresh_per_second=8) as live:
         for update in updates:
             live.update(render(update))
             if until_end and update.rollout.state in ENDED:
@@ -366,43 +374,58 @@ def _updates(state: Session, request: rollout_pb2.WatchRolloutRequest) -> Iterat
         time.sleep(0.5)
 
 
-_COLUMNS: Final = (
-    "stage", "state", "in flight", "confirmed", "soaked", "failed", "reverted", "dark", "withdrawn", "expired", "back",
-    "held",
+_COUNTS: Final = (
+    "confirmed", "soaked", "failed", "reverted", "dark", "withdrawn", "expired", "rolled_back", "held",
 )  # fmt: skip
+_SHORT: Final = {"rolled_back": "back"}
+
+
+def _title(now: rollout_pb2.Rollout) -> str:
+    title = f"{now.name.rsplit('/', 1)[-1]}  {now.version}  {State.Name(now.state).removeprefix('STATE_')}"
+    if now.state_reason:
+        title += f" ({now.state_reason}{f' by {now.superseded_by}' if now.superseded_by else ''})"
+    return title
+
+
+def _stages(now: rollout_pb2.Rollout) -> Iterator[tuple[rollout_pb2.Stage, rollout_pb2.StageStatus, str]]:
+    """Each stage, how it stands, and its state in a word."""
+    for stage, status in zip(now.stages, now.stage_statuses, strict=False):
+        yield stage, status, rollout_pb2.StageStatus.State.Name(status.state).removeprefix("STATE_")
 
 
 def render(update: rollout_pb2.WatchRolloutResponse) -> Table:
     """The rollout as a table, one row a stage."""
-    now = update.rollout
-    title = f"{now.name.rsplit('/', 1)[-1]}  {now.version}  {State.Name(now.state).removeprefix('STATE_')}"
-    if now.state_reason:
-        title += f" ({now.state_reason}{f' by {now.superseded_by}' if now.superseded_by else ''})"
-    table = Table(title=title, caption=f"observations {update.observation_lag_s:.1f} s behind", title_justify="left")
-    for column in _COLUMNS:
+    caption = f"observations {update.observation_lag_s:.1f} s behind"
+    table = Table(title=_title(update.rollout), caption=caption, title_justify="left")
+    for column in ("stage", "state", "in flight", *(_SHORT.get(count, count) for count in _COUNTS)):
         table.add_column(column)
-    kinds = rollout_pb2.StageStatus.State
-    for stage, status in zip(now.stages, now.stage_statuses, strict=False):
-        table.add_row(
-            stage.display_name,
-            kinds.Name(status.state).removeprefix("STATE_"),
-            f"{status.in_flight}/{stage.max_in_flight or 100} (peak {status.peak_in_flight})",
-            *(
-                str(value)
-                for value in (
-                    status.confirmed,
-                    status.soaked,
-                    status.failed,
-                    status.reverted,
-                    status.dark,
-                    status.withdrawn,
-                    status.expired,
-                    status.rolled_back,
-                    status.held,
-                )
-            ),
-        )
+    for stage, status, word in _stages(update.rollout):
+        in_flight = f"{status.in_flight}/{stage.max_in_flight or 100} (peak {status.peak_in_flight})"
+        table.add_row(stage.display_name, word, in_flight, *(str(getattr(status, count)) for count in _COUNTS))
     return table
+
+
+def line(update: rollout_pb2.WatchRolloutResponse) -> str:
+    """The rollout in a line, for logs: of the counts those that are not 0."""
+    parts = [_title(update.rollout)]
+    for stage, status, word in _stages(update.rollout):
+        counts = [f"{getattr(status, count)} {_SHORT.get(count, count)}" for count in _COUNTS if getattr(status, count)]
+        if status.in_flight:
+            counts.insert(0, f"{status.in_flight} in flight")
+        parts.append(f"{stage.display_name} {word}" + (f": {', '.join(counts)}" if counts else ""))
+    return " | ".join(parts)
+
+
+def _lines(updates: Iterator[Any], *, until_end: bool) -> Iterator[str]:
+    """A line for each update that says something new."""
+    told = ""
+    for update in updates:
+        text = line(update)
+        if text != told:
+            told = text
+            yield text
+        if until_end and update.rollout.state in ENDED:
+            return
 
 
 @explain.command("device")

@@ -1,4 +1,4 @@
-"""`swell rollout watch` takes its stream up again when the server that served it went away."""
+"""`swell rollout watch` takes its stream up again when the server that served it went away, and fits into a log."""
 
 from __future__ import annotations
 
@@ -51,3 +51,43 @@ def test_it_gives_up_when_nothing_is_heard_for_a_minute(monkeypatch: pytest.Monk
     monkeypatch.setattr(rollouts.time, "monotonic", lambda: now + rollouts.WATCH_GIVE_UP_S + 1)
     with pytest.raises(ApiError):
         next(updates)
+
+
+def update(state: str, confirmed: int, in_flight: int = 0) -> rollout_pb2.WatchRolloutResponse:
+    kinds = rollout_pb2.StageStatus.State
+    return rollout_pb2.WatchRolloutResponse(
+        rollout=rollout_pb2.Rollout(
+            name="organizations/acme/products/thermostat/rollouts/to-1-1-0",
+            version="1.1.0",
+            state=rollout_pb2.Rollout.State.Value(state),
+            stages=[rollout_pb2.Stage(display_name="canary"), rollout_pb2.Stage(display_name="all")],
+            stage_statuses=[
+                rollout_pb2.StageStatus(state=kinds.Value("STATE_OPEN"), confirmed=confirmed, in_flight=in_flight),
+                rollout_pb2.StageStatus(state=kinds.Value("STATE_PENDING"), rolled_back=1 if confirmed else 0),
+            ],
+        ),
+        observation_lag_s=confirmed,
+    )
+
+
+def test_a_log_gets_a_line_for_each_change_until_the_end() -> None:
+    updates = iter(
+        [
+            update("STATE_RUNNING", 0),
+            update("STATE_RUNNING", 0),
+            update("STATE_RUNNING", 2, in_flight=3),
+            update("STATE_COMPLETED", 2),
+            update("STATE_COMPLETED", 3),
+        ]
+    )
+    assert list(rollouts._lines(updates, until_end=True)) == [
+        "to-1-1-0  1.1.0  RUNNING | canary OPEN | all PENDING",
+        "to-1-1-0  1.1.0  RUNNING | canary OPEN: 3 in flight, 2 confirmed | all PENDING: 1 back",
+        "to-1-1-0  1.1.0  COMPLETED | canary OPEN: 2 confirmed | all PENDING: 1 back",
+    ]
+
+
+def test_the_table_has_a_row_for_each_stage() -> None:
+    table = rollouts.render(update("STATE_RUNNING", 2, in_flight=3))
+    assert table.row_count == 2
+    assert [column.header for column in table.columns][:4] == ["stage", "state", "in flight", "confirmed"]
