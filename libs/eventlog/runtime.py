@@ -25,7 +25,7 @@ from libs.eventlog.config import (
     public_topic,
 )
 from libs.eventlog.deadline import Deadline, monotonic
-from libs.eventlog.ending import end
+from libs.eventlog.ending import end, is_cancelled
 from libs.eventlog.freshness import Freshness
 from libs.eventlog.inbox import Inbox
 from libs.eventlog.leader import RESIGNATIONS, ClaimFailedError, Leadership, NotLeaderError, outcome_unknown
@@ -251,8 +251,11 @@ class Runtime(Generic[S]):
                     failures = 0 if leadership.has_served else failures + 1
                     seat.problem = str(error) if isinstance(error, ClaimFailedError) else ""
                     logger.warning("resigned %s/%d: %s: %s", self.service, partition, type(error).__name__, error)
-                except Exception as error:
-                    # A partition without a leader is worse than whatever this is: the next claim fences what is left.
+                except (Exception, asyncio.CancelledError) as error:
+                    if is_cancelled():
+                        raise
+                    # A partition without a leader is worse than whatever this is, a cancellation of a library's own
+                    # making included: the next claim fences what is left.
                     failures += 1
                     seat.problem = f"{type(error).__name__}: {error}"
                     logger.exception("leading %s/%d failed", self.service, partition)

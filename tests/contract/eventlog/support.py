@@ -174,7 +174,7 @@ class FailOnce:
     """Raises at the first arrival at a step after being armed."""
 
     step: str
-    error: Exception
+    error: BaseException
     armed: bool = True
 
     async def __call__(self, step: str) -> None:

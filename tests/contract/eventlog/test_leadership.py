@@ -115,10 +115,13 @@ async def test_being_fenced_is_an_ordinary_resignation(world: World) -> None:
     await usurper.close()
 
 
+@pytest.mark.parametrize("error", [AssertionError("no broker is known"), asyncio.CancelledError()])
 @pytest.mark.parametrize("step", ["open", "stage", "commit"])
-async def test_a_claim_that_fails_in_an_unforeseen_way_is_tried_again(world: World, step: str) -> None:
-    """As when a client library asserts what does not hold while a broker comes back."""
-    replica = await world.start(hooks=[FailOnce(step, AssertionError("no broker is known"))])
+async def test_a_claim_that_fails_in_an_unforeseen_way_is_tried_again(
+    world: World, step: str, error: BaseException
+) -> None:
+    """As when a client library asserts what does not hold while a broker comes back, or cancels itself."""
+    replica = await world.start(hooks=[FailOnce(step, error)])
     await replica.lead()
     await replica.put("a", "1")
     health = replica.runtime.health()
