@@ -19,6 +19,7 @@ from typing import Any
 
 from deploy.local import control, pids
 from deploy.local.credentials import s3_credentials
+from deploy.local.servers import kafka_version
 from deploy.local.settings import ROOT, Settings, load
 from tests.ports import free_port
 
@@ -159,7 +160,7 @@ def _containers() -> Iterator[Servers]:
     from testcontainers.core.container import DockerContainer
 
     kafka_port, access_key, secret_key = free_port(), "groundswell", "groundswell-tests"
-    kafka: Any = DockerContainer("apache/kafka:4.3.1").with_bind_ports(9092, kafka_port)
+    kafka: Any = DockerContainer(f"apache/kafka:{kafka_version()}").with_bind_ports(9092, kafka_port)
     for name, value in {
         "KAFKA_NODE_ID": "1",
         "KAFKA_PROCESS_ROLES": "broker,controller",

@@ -107,10 +107,14 @@ def _kafka(settings: Settings, say: Say) -> Spec:
     logging = f"-Dlog4j2.configurationFile={HERE / 'kafka' / 'log4j2.properties'}"
     java_line = (java, *_JVM, logging, "-cp", f"{jars}/*")
     data = settings.data_dir / "kafka"
-    if not (data / "meta.properties").exists():
+    stamp = settings.data_dir / "kafka.version"
+    if (data / "meta.properties").exists():
+        _check_kafka_data(data, stamp)
+    else:
         data.mkdir(parents=True, exist_ok=True)
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=").replace("-", "_")
         _run([*java_line, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(config)], "formatting Kafka")
+    write(stamp, f"{kafka_version()}\n")
     return Spec(
         name="kafka",
         argv=(*java_line, "kafka.Kafka", str(config)),
@@ -120,6 +124,28 @@ def _kafka(settings: Settings, say: Say) -> Spec:
         stage=0,
         probe=KafkaProbe(settings.kafka),
     )
+
+
+def kafka_version() -> str:
+    """The pinned one."""
+    pom = (HERE / "kafka" / "pom.xml").read_text()
+    found = re.search(r"<artifactId>kafka_[\d.]+</artifactId>\s*(?:<!--.*?-->\s*)?<version>([\d.]+)</version>", pom)
+    assert found is not None  # noqa: S101 - a file of this repository
+    return found[1]
+
+
+def _check_kafka_data(data: Path, stamp: Path) -> None:
+    """Kafka reads what an older one wrote, and dies with a stack trace of what a newer one did."""
+    written_by = stamp.read_text().strip() if stamp.exists() else ""
+    if not written_by or _numbers(written_by) > _numbers(kafka_version()):
+        raise StackError(
+            f"{data} was written by {f'Kafka {written_by}' if written_by else 'another version of Kafka'}, which "
+            f"{kafka_version()} cannot read: `make clean` removes it, with all data of this local installation"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def _redis(settings: Settings, say: Say) -> Spec:

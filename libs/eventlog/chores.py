@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -29,6 +30,29 @@ S = TypeVar("S")
 def back_off(first_s: float, most_s: float, attempt: int) -> float:
     """Full jitter, so that what failed together does not come back together."""
     return random.uniform(0.5, 1.0) * min(most_s, first_s * 2.0 ** min(attempt, 30))  # noqa: S311 - not a secret
+
+
+class Failures:
+    """Failures in a row of something that is tried for ever: each waits longer, and a success ends the row.
+
+    Whoever forgot the success would, after some days of small troubles, answer the next one with the longest pause.
+    """
+
+    __slots__ = ("_first_s", "_most_s", "count")
+
+    def __init__(self, first_s: float, most_s: float) -> None:
+        self._first_s = first_s
+        self._most_s = most_s
+        self.count = 0
+
+    def end(self) -> None:
+        """It worked."""
+        self.count = 0
+
+    async def pause(self, most_s: float = math.inf) -> None:
+        """It failed, or has to begin again: wait before the next try."""
+        self.count += 1
+        await asyncio.sleep(back_off(self._first_s, min(self._most_s, most_s), self.count - 1))
 
 
 class TaskRunner(Generic[S]):

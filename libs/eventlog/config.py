@@ -50,6 +50,9 @@ class RuntimeConfig:
     max_record_bytes: int = 900_000
     read_back_s: float = 15.0
     """A committed batch that the own tail has not applied by then counts as of unknown outcome."""
+    claim_read_back_s: float = 12.0
+    """A committed claim that a tail at the end of the log cannot see for this long is given up for another one. Longer
+    than a transaction may stay open: the log ends those by itself."""
     max_clock_difference_s: float = 2.0
     retry_first_s: float = 0.1
     retry_most_s: float = 30.0

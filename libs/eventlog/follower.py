@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from groundswell.eventlog.v1.eventlog_pb2 import Envelope
 
 from libs.errors import UnavailableError
-from libs.eventlog.chores import back_off
+from libs.eventlog.chores import Failures
 from libs.eventlog.codec import LOG_ID, header, read_envelope, read_headers, types_by_name
 from libs.eventlog.config import public_topic
 from libs.eventlog.deadline import Deadline, monotonic
@@ -91,6 +91,7 @@ class PublicFollower:
         self._progress = {place: _Progress() for place in self._places}
         self._meter = LagMeter(self._places)
         self._changed = asyncio.Event()
+        self._failures = Failures(0.1, 2.0)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -164,12 +165,10 @@ class PublicFollower:
         self._changed = asyncio.Event()
 
     async def _run(self) -> None:
-        failures = 0
         while True:
             try:
                 await self._follow()
             except LogError as error:
-                failures += 1
                 logger.warning("following %s failed: %s", self.topic, error)
             except asyncio.CancelledError:
                 if not is_cancelled():
@@ -182,7 +181,7 @@ class PublicFollower:
                 logger.exception("following %s stopped", self.topic)
                 self._notify()
                 return
-            await asyncio.sleep(back_off(0.05, 2.0, failures))
+            await self._failures.pause()
 
     async def _follow(self) -> None:
         tail = await self._log.open_tail({place: self._progress[place].next_position for place in self._places})
@@ -191,6 +190,7 @@ class PublicFollower:
             while True:
                 for record in await tail.fetch(self._lag_every_s * FETCH_SHARE):
                     self._give(record)
+                self._failures.end()
                 self._reached(tail)
                 if measuring.done():
                     measuring.result()

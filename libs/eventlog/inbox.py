@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
 from libs.errors import GroundswellError
+from libs.eventlog.chores import Failures
 from libs.eventlog.codec import LOG_ID, header
 from libs.eventlog.config import RuntimeConfig
 from libs.eventlog.deadline import monotonic
 from libs.eventlog.leader import Leadership
-from libs.eventlog.ports import EventLog, Record, TopicPartition
+from libs.eventlog.ports import EventLog, LogError, Record, TopicPartition
 from libs.eventlog.work import ForeignWork
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ BUSY = 10
 
 DRAIN_S = 0.05
 """How long the broker has to say what else there is."""
+
+
+LOG_PAUSE_S = 2.0
+"""Most to wait between two tries of a log that does not answer."""
 
 
 class SourceResetError(Exception):
@@ -94,6 +99,7 @@ class Inbox(Generic[S]):
         ]
         self.meter = LagMeter(self._sources)
         self.problem = ""
+        self._failures = Failures(config.retry_first_s, config.retry_most_s)
         self._taken_in: dict[TopicPartition, int] = {}
         self._wanted = asyncio.Event()
 
@@ -101,8 +107,8 @@ class Inbox(Generic[S]):
         """Until cancelled. A failure is retried from the watermark, which is in the log."""
         if not self._sources:
             return
-        pause = self._config.retry_first_s
         while True:
+            most_s = self._config.retry_most_s
             try:
                 await self._reread_parked()
                 await self._follow()
@@ -111,13 +117,17 @@ class Inbox(Generic[S]):
                 logger.error("inbox of %s/%d: %s", self._service, self._leadership.partition, error)  # noqa: TRY400
             except GroundswellError as error:
                 self.problem = str(error)
+            except LogError as error:
+                # It may be back at any moment, and people wait for what it holds.
+                most_s = LOG_PAUSE_S
+                self.problem = f"{type(error).__name__}: {error}"
+                logger.warning("inbox of %s/%d: %s", self._service, self._leadership.partition, error)
             except Exception as error:
                 self.problem = f"{type(error).__name__}: {error}"
                 logger.exception("inbox of %s/%d failed", self._service, self._leadership.partition)
             if not self._leadership.serving:
                 return
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, self._config.retry_most_s)
+            await self._failures.pause(most_s)
 
     def hurry(self) -> None:
         """Somebody waits for what comes next."""
@@ -161,6 +171,7 @@ class Inbox(Generic[S]):
                 for start in range(0, len(records), self._config.inbox_chunk):
                     await self._enter(records[start : start + self._config.inbox_chunk])
                 self.problem = ""
+                self._failures.end()
                 for source in self._sources:
                     self._taken_in[source] = tail.position(source)
                     self.meter.reached(source, tail.position(source))

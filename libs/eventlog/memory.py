@@ -7,7 +7,10 @@ loop's clock, so a simulated loop simulates it too.
 
 Faults are injected by `before`: an async hook called with the name of a step (`open`, `stage`, `staged`, `commit`,
 `committed`, `fetch`) and the transactional id (or topic). It may wait, or raise. Raising `UnknownOutcomeError` at
-`committed` is a commit whose answer was lost; at `commit` one that never arrived.
+`committed` is a commit whose answer was lost; at `commit` one that never arrived. `loses_markers` is asked about each
+transaction that is decided: if it says so, no marker of it reaches its places, although everybody believes so
+(KAFKA-20734). Later readers are held back there until another transaction of the same producer ends: its marker ends
+both, its own way.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ _OPEN, _COMMITTED, _ABORTED = range(3)
 @dataclass(eq=False, slots=True)
 class _Transaction:
     opened_at: float
+    producer_id: int
     state: int = _OPEN
     places: set[TopicPartition] = field(default_factory=set)
     undecided: set[TopicPartition] = field(default_factory=set)
@@ -47,6 +51,11 @@ class _Partition:
     """None is a marker; an index is a position."""
     holding: dict[_Transaction, int] = field(default_factory=dict)
     """Transactions whose marker is not written here -> their first position."""
+    ended_as: dict[_Transaction, int] = field(default_factory=dict)
+    """Those ended by the marker of a later transaction."""
+
+    def is_committed(self, transaction: _Transaction) -> bool:
+        return self.ended_as.get(transaction, transaction.state) == _COMMITTED
 
     def stable_end(self) -> int:
         return min(self.holding.values(), default=len(self.entries))
@@ -64,12 +73,14 @@ class MemoryLog:
         clock_ms: Callable[[], int] = wall_clock_ms,
         before: Hook | None = None,
         marker_delay_s: Callable[[TopicPartition], float] | None = None,
+        loses_markers: Callable[[], bool] | None = None,
     ) -> None:
         self.partitions = partitions
         self.before = before
         self.clock_ms = clock_ms
         self.session_timeout_s = session_timeout_s
         self.marker_delay_s = marker_delay_s
+        self.loses_markers = loses_markers
         self.max_records = 500
         self._transaction_timeout_s = transaction_timeout_s
         self._topics: dict[TopicPartition, _Partition] = {}
@@ -120,8 +131,8 @@ class MemoryLog:
 
     def records(self, topic: str, partition: int) -> list[Record]:
         """Every committed record, as an auditor would read them."""
-        entries = self.partition(TopicPartition(topic, partition)).entries
-        return [entry[0] for entry in entries if entry is not None and entry[1].state == _COMMITTED]
+        log = self.partition(TopicPartition(topic, partition))
+        return [entry[0] for entry in log.entries if entry is not None and log.is_committed(entry[1])]
 
     def drop_topic(self, topic: str) -> None:
         """Lose a topic, as a careless operator would."""
@@ -161,6 +172,8 @@ class MemoryLog:
     def _decide(self, transaction: _Transaction, state: int) -> None:
         """The coordinator's decision is final; markers reach the partitions one by one, perhaps later."""
         transaction.state = state
+        if self.loses_markers is not None and self.loses_markers():
+            return
         transaction.undecided = set(transaction.places)
         for place in sorted(transaction.places):
             delay = self.marker_delay_s(place) if self.marker_delay_s is not None else 0.0
@@ -173,6 +186,10 @@ class MemoryLog:
         log = self.partition(place)
         log.entries.append(None)
         log.holding.pop(transaction, None)
+        for left in [left for left in log.holding if left.producer_id == transaction.producer_id]:
+            if left.state != _OPEN and place not in left.undecided:
+                del log.holding[left]
+                log.ended_as[left] = transaction.state
         transaction.undecided.discard(place)
         self.notify()
 
@@ -230,10 +247,10 @@ class MemoryAppender:
         if self._producer.epoch != self._epoch:
             raise FencedError(f"{self._id}: epoch {self._epoch} was succeeded by {self._producer.epoch}")
 
-    async def stage(self, records: Sequence[NewRecord]) -> None:
+    async def stage(self, records: Sequence[NewRecord], touch: Sequence[TopicPartition] = ()) -> None:
         await self._log.step("stage", self._id)
         self._check()
-        transaction = _Transaction(monotonic())
+        transaction = _Transaction(monotonic(), self.producer_id, places=set(touch))
         self._producer.open = transaction
         for record in records:
             self._log.write(transaction, record)
@@ -274,7 +291,7 @@ class MemoryTail:
             position = start
             while position < end and len(found) < self._log.max_records:
                 entry = log.entries[position]
-                if entry is not None and entry[1].state == _COMMITTED:
+                if entry is not None and log.is_committed(entry[1]):
                     found.append(entry[0])
                 position += 1
             self._positions[place] = max(position, start)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 from libs.errors import UnavailableError
-from libs.eventlog.chores import TaskRunner, TimerRunner, back_off
+from libs.eventlog.chores import Failures, TaskRunner, TimerRunner
 from libs.eventlog.config import (
     Health,
     PartitionHealth,
@@ -196,21 +196,21 @@ class Runtime(Generic[S]):
     # Leading.
 
     async def _keep_electing(self) -> None:
-        failures = 0
+        failures = Failures(0.1, 2.0)
         while True:
             try:
-                await self._elect()
+                await self._elect(failures)
             except LogError as error:
-                failures += 1
                 logger.warning("election of %s failed: %s", self.service, error)
             self._assign(frozenset())
-            await asyncio.sleep(back_off(0.05, 2.0, failures))
+            await failures.pause()
 
-    async def _elect(self) -> None:
+    async def _elect(self, failures: Failures) -> None:
         election = await self._log.open_election(f"{self.config.env}.{self.service}.leaders", self._topic)
         try:
             while True:
                 self._assign(await election.changed())
+                failures.end()
         finally:
             if not self._killed:
                 await election.close()
@@ -235,7 +235,7 @@ class Runtime(Generic[S]):
 
     async def _lead(self, partition: int, seat: Seat[S]) -> None:
         """Claim and serve for as long as the partition is assigned."""
-        failures = 0
+        failures = Failures(0.02, self.config.claim_retry_most_s)
         try:
             while self._wanted(seat):
                 if self._replicas[partition].halted:
@@ -246,9 +246,7 @@ class Runtime(Generic[S]):
                 seat.leadership = leadership
                 try:
                     await self._reign(seat, leadership)
-                    failures = 0
                 except RESIGNATIONS as error:
-                    failures = 0 if leadership.has_served else failures + 1
                     seat.problem = str(error) if isinstance(error, ClaimFailedError) else ""
                     logger.warning("resigned %s/%d: %s: %s", self.service, partition, type(error).__name__, error)
                 except (Exception, asyncio.CancelledError) as error:
@@ -256,11 +254,12 @@ class Runtime(Generic[S]):
                         raise
                     # A partition without a leader is worse than whatever this is, a cancellation of a library's own
                     # making included: the next claim fences what is left.
-                    failures += 1
                     seat.problem = f"{type(error).__name__}: {error}"
                     logger.exception("leading %s/%d failed", self.service, partition)
+                if leadership.has_served:
+                    failures.end()
                 if self._wanted(seat):
-                    await asyncio.sleep(back_off(0.02, self.config.claim_retry_most_s, failures))
+                    await failures.pause()
         finally:
             self._seats.pop(partition, None)
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-from libs.eventlog.chores import back_off
+from libs.eventlog.chores import Failures
 from libs.eventlog.deadline import monotonic
 from libs.eventlog.freshness import Freshness
 from libs.eventlog.ports import EventLog, LogError, TopicPartition
@@ -38,19 +38,18 @@ class OwnTail(Generic[S]):
         self._replicas = replicas
         self._freshness = freshness
         self._snapshots = snapshots
+        self._failures = Failures(0.1, 2.0)
         self._reading = [(TopicPartition(topic, replica.partition), replica) for replica in replicas]
 
     async def run(self) -> None:
         """Until cancelled."""
-        failures = 0
         while True:
             try:
                 await self._begin()
                 await self._read()
             except LogError as error:
-                failures += 1
                 logger.warning("reading %s failed: %s", self._topic, error)
-            await asyncio.sleep(back_off(0.05, 2.0, failures))
+            await self._failures.pause()
 
     async def _begin(self) -> None:
         """Load snapshots, once."""
@@ -72,6 +71,7 @@ class OwnTail(Generic[S]):
                     if not replica.caught_up and tail.position(place) >= ends[place]:
                         replica.mark_caught_up()
                 records = await tail.fetch(self._freshness.fetch_wait_s)
+                self._failures.end()
                 start = 0
                 while start < len(records):
                     partition = records[start].partition

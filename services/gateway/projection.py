@@ -20,7 +20,7 @@ from typing import Final
 
 from redis.exceptions import RedisError
 
-from libs.eventlog.chores import back_off
+from libs.eventlog.chores import Failures
 from libs.eventlog.codec import LOG_ID, header
 from libs.eventlog.config import public_topic
 from libs.eventlog.deadline import monotonic
@@ -64,6 +64,7 @@ class Projector:
         self._stands: dict[int, int | None] = {}
         self._task: asyncio.Task[None] | None = None
         self._kept_at = -KEEP_S
+        self._failures = Failures(0.2, 2.0)
         self.rewinds = 0
         """How often Redis was found to be behind or empty."""
 
@@ -81,22 +82,18 @@ class Projector:
         return dict(self._stands)
 
     async def _run(self) -> None:
-        failures = 0
         while True:
             try:
                 await self._follow()
             except _RewindError as rewind:
                 self.rewinds += 1
-                failures = 1
                 log.info("projection of %s goes back: %s", self._service, rewind)
             except (RedisError, LogError, OSError) as error:
-                failures += 1
-                if failures % 20 == 1:
+                if self._failures.count % 20 == 0:
                     log.warning("projection of %s waits: %s: %s", self._service, type(error).__name__, error)
             except Exception:
-                failures += 1
                 log.exception("projection of %s failed", self._service)
-            await asyncio.sleep(back_off(0.1, 2.0, failures))
+            await self._failures.pause()
 
     async def _follow(self) -> None:
         starts = {}
@@ -118,6 +115,7 @@ class Projector:
                 if monotonic() - checked_at >= CHECK_S:
                     await self._check()
                     checked_at = monotonic()
+                    self._failures.end()
         finally:
             await tail.close()
 

@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 from groundswell.rollout.v1 import rollout_pb2
 
 from libs.checkins import Claim, GatewayKeys, Rejected, SequenceGuard, VerifiedBatch, claimed, read
-from libs.eventlog.chores import back_off
+from libs.eventlog.chores import Failures
 from libs.eventlog.ending import end
 from services.rollout.observations import Backlog, Observed, observe
 
@@ -176,15 +176,15 @@ class Pump:
             self.moved_at = time.monotonic()
 
     async def _for_ever(self, step: Callable[[], Awaitable[Any]]) -> Any:
-        attempt = 0
+        failures = Failures(0.1, 2.0)
         while True:
             try:
                 return await step()
             except Exception as error:  # noqa: BLE001 - an exception would lose the record (protocols.md section 5)
-                attempt += 1
-                if attempt in (1, 10) or attempt % 100 == 0:
-                    log.warning("partition %d, try %d: %s: %s", self.partition, attempt, type(error).__name__, error)
-                await asyncio.sleep(back_off(0.05, 2.0, attempt))
+                tried = failures.count + 1
+                if tried in (1, 10) or tried % 100 == 0:
+                    log.warning("partition %d, try %d: %s: %s", self.partition, tried, type(error).__name__, error)
+                await failures.pause()
 
     async def _claimed(self, delivery: Delivery) -> Claim | Rejected:
         """Wait for the registry's word on the key, but not for ever."""

@@ -10,12 +10,13 @@ from google.protobuf.wrappers_pb2 import BytesValue, StringValue
 from libs.errors import FailedPreconditionError
 from libs.eventlog import Token
 from libs.eventlog.config import public_topic
-from libs.eventlog.ports import NewRecord
+from libs.eventlog.ports import LogError, NewRecord
 from tests.contract.eventlog.scenarios import hand_over, inbox_takes_each_record_once
 from tests.contract.eventlog.support import (
     HOME,
     ORGANIZATION,
     Ask,
+    FailOnce,
     KeyValue,
     Put,
     Replica,
@@ -79,6 +80,20 @@ async def test_single_records_are_taken_in_at_once(world: World) -> None:
     for number in range(5):
         await source.put(f"r{number}", "x")
         await eventually(lambda number=number: len(sink.values()) == number + 1)  # type: ignore[misc]
+
+
+async def test_troubles_that_were_overcome_do_not_make_the_next_one_longer(world: World) -> None:
+    """Had each doubled the pause of the next, the last of these would last for minutes."""
+    source, sink = await world.start(), await world.start(Taker(), retry_first_s=0.05, retry_most_s=600.0)
+    await source.lead()
+    await sink.lead()
+    trouble = FailOnce("fetched registry", LogError("the log was away"), armed=False)
+    sink.log.hooks.append(trouble)
+    for number in range(14):
+        trouble.armed = True
+        await source.put(f"r{number}", "x")
+        await eventually(lambda number=number: len(sink.values()) == number + 1)  # type: ignore[misc]
+        assert not trouble.armed
 
 
 async def test_a_token_waits_for_the_inbox(world: World) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 
 from libs.errors import FailedPreconditionError, GroundswellError, UnavailableError
 from libs.eventlog import Command
+from libs.eventlog.config import public_topic
+from libs.eventlog.memory import MemoryLog
 from libs.eventlog.ports import FencedError, UnknownOutcomeError
 from tests.contract.eventlog.scenarios import (
     answers_wait_for_the_tail,
@@ -127,6 +130,50 @@ async def test_a_claim_that_fails_in_an_unforeseen_way_is_tried_again(
     health = replica.runtime.health()
     assert health.live
     assert health.problems == ()
+
+
+def lose_one_marker(world: World) -> Callable[[], bool]:
+    """From now on, once; answers whether that has happened."""
+    log = world.log()
+    assert isinstance(log, MemoryLog)
+    left = [True]
+    log.loses_markers = lambda: bool(left and left.pop())
+    return lambda: not left
+
+
+async def test_a_claim_whose_marker_was_lost_is_made_again(memory_world: World) -> None:
+    lost = lose_one_marker(memory_world)
+    replica = await memory_world.start(claim_read_back_s=0.1)
+    await replica.lead()
+    assert lost()
+    await replica.put("a", "1")
+    assert len(claims(await memory_world.events())) == 2
+    assert replica.runtime.health().problems == ()
+
+
+async def test_why_a_partition_is_not_led_can_be_seen(memory_world: World) -> None:
+    log = memory_world.log()
+    assert isinstance(log, MemoryLog)
+    log.loses_markers = lambda: True
+    replica = await memory_world.start(claim_read_back_s=0.05)
+    replica.log.election.assign(HOME)
+    await eventually(lambda: "a marker in the log is late or lost" in str(replica.runtime.health().partitions[HOME]))
+    log.loses_markers = None
+    await replica.runtime.wait_leading(soon(), [HOME])
+
+
+async def test_a_batch_whose_marker_was_lost_is_there_once_and_whole_after_the_next_claim(memory_world: World) -> None:
+    replica = await memory_world.start(read_back_s=0.2, claim_read_back_s=0.1)
+    await replica.lead()
+    asked = {"request_id": "once", "principal": "p"}
+    lost = lose_one_marker(memory_world)
+    with pytest.raises(UnavailableError, match="OUTCOME_UNKNOWN"):
+        await replica.put("a", "1", **asked)
+    assert lost()
+    again = await retried(replica, Put("a", "1"), **asked)
+    assert again.replayed
+    assert [kind for kind, *_ in await memory_world.events()] == ["LeaderClaimed", "StringValue", "LeaderClaimed"]
+    assert len(await memory_world.records(topic=public_topic(memory_world.env, "registry"))) == 1
 
 
 async def test_who_does_not_lead_says_who_does(world: World) -> None:

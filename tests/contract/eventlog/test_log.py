@@ -9,6 +9,7 @@ import pytest
 
 from libs.eventlog.config import events_topic, public_topic
 from libs.eventlog.kafka import KafkaTail
+from libs.eventlog.memory import MemoryLog
 from libs.eventlog.ports import Appender, FencedError, LogError, NewRecord, Record, Tail, TopicPartition
 from tests.contract.eventlog.support import World, soon
 
@@ -108,6 +109,44 @@ async def test_markers_take_positions(world: World) -> None:
     assert values(await read(again, 1)) == ["2"]
     for closing in (appender, tail, again):
         await closing.close()
+
+
+async def test_a_transaction_is_ended_in_the_places_that_it_touches_too(world: World) -> None:
+    log = world.log()
+    touched = TopicPartition(public_topic(world.env, "registry"), 0)
+    appender = await log.open_appender(f"{world.env}.registry.0")
+    await append(appender, record(world, "elsewhere"))
+    assert (await log.end_positions([touched]))[touched] == 0
+    await appender.stage([record(world, "a")], touch=[touched])
+    await appender.commit()
+    limit = soon()
+    while (await log.end_positions([touched]))[touched] < 1:
+        assert not limit.expired
+    tail = await log.open_tail({touched: 0, TopicPartition(topic_of(world), 0): 0})
+    assert values(await read(tail, 2)) == ["elsewhere", "a"]
+    for closing in (appender, tail):
+        await closing.close()
+
+
+async def test_a_marker_that_was_lost_is_made_up_for_by_the_next_of_the_same_id(memory_world: World) -> None:
+    """As Kafka does: a marker ends whatever its producer has open in a place. No broker loses one when it is told."""
+    log = memory_world.log()
+    assert isinstance(log, MemoryLog)
+    places = [TopicPartition(topic(memory_world.env, "registry"), 0) for topic in (events_topic, public_topic)]
+    lost = [NewRecord(place.topic, 0, b"k", b"lost", []) for place in places]
+    appender = await log.open_appender("registry.0")
+    log.loses_markers = lambda: True
+    await append(appender, *lost)
+    log.loses_markers = None
+    behind = await log.open_appender("other.0")
+    await append(behind, record(memory_world, "behind"))
+    assert await log.end_positions(places) == dict.fromkeys(places, 0)
+    successor = await log.open_appender("registry.0")
+    assert await log.end_positions(places) == dict.fromkeys(places, 0), "fencing alone ends nothing: it is decided"
+    await successor.stage([record(memory_world, "claim")], touch=places)
+    await successor.commit()
+    tail = await log.open_tail(dict.fromkeys(places, 0))
+    assert values(await read(tail, 4)) == ["lost", "behind", "claim", "lost"]
 
 
 async def test_records_of_two_topics_are_one_transaction(world: World) -> None:

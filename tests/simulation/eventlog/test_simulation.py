@@ -42,6 +42,7 @@ def test_the_stories_are_troubled_enough() -> None:
     world = run(lambda loop: story(loop, 7, trouble=0.05))
     assert world.kills >= 10
     assert world.faults >= 5
+    assert world.lost_markers >= 2
     assert world.snapshots.objects, "some starts begin with a snapshot"
     calmer = run(lambda loop: story(loop, 7, trouble=0.01))
     assert calmer.forwarded >= 10, "and clients call whatever replica they like"

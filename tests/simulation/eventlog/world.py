@@ -103,6 +103,7 @@ class Simulation:
     troubled: bool = True
     kills: int = 0
     faults: int = 0
+    lost_markers: int = 0
     forwarded: int = 0
     snapshots: MemorySnapshotStore = field(default_factory=MemorySnapshotStore)
     _background: set[asyncio.Task[None]] = field(default_factory=set)
@@ -114,6 +115,7 @@ class Simulation:
             partitions=PARTITIONS,
             clock_ms=self.wall_ms,
             marker_delay_s=lambda _: self.random.choice((0.0, 0.0, 0.001, 0.02)) if self.troubled else 0.0,
+            loses_markers=self.lose_markers,
         )
         self.log.max_records = 7  # transactions reach readers in pieces
         self.processes = [
@@ -122,6 +124,11 @@ class Simulation:
             Process("pki-1", Taker),
             Process("pki-2", Taker),
         ]
+
+    def lose_markers(self) -> bool:
+        lost = self.troubled and self.random.random() < self.trouble / 4
+        self.lost_markers += lost
+        return lost
 
     def wall_ms(self) -> int:
         return 1_700_000_000_000 + int(self.loop.time() * 1000)

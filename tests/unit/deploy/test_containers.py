@@ -11,6 +11,7 @@ import yaml
 
 from deploy.container import environment
 from deploy.container.health import probe_of
+from deploy.local.servers import kafka_version
 from deploy.local.services import SERVICES
 from deploy.local.specs import GrpcProbe, HttpProbe
 from libs.settings import Settings
@@ -53,10 +54,7 @@ def test_ports_are_open_on_loopback_only() -> None:
 
 
 def test_images_of_others_are_pinned_to_the_version_of_the_stack_without_containers() -> None:
-    pom = (ROOT / "deploy/local/kafka/pom.xml").read_text()
-    version = re.search(r"kafka_2\.13</artifactId>\s*<version>([^<]+)", pom)
-    assert version is not None
-    assert PROCESSES["kafka"]["image"] == f"apache/kafka:{version[1]}"
+    assert PROCESSES["kafka"]["image"] == f"apache/kafka:{kafka_version()}"
     assert re.fullmatch(r"redis:7\.\d+", PROCESSES["redis"]["image"])
 
 

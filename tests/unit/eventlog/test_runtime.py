@@ -11,7 +11,7 @@ import pytest
 
 from libs.errors import GroundswellError, UnavailableError
 from libs.eventlog import Command, Deadline, Runtime, RuntimeConfig, failpoints, partition_of
-from libs.eventlog.chores import back_off
+from libs.eventlog.chores import Failures, back_off
 from libs.eventlog.inbox import LagMeter
 from libs.eventlog.memory import MemoryLog
 from libs.eventlog.ports import LogError, NewRecord, TopicPartition
@@ -200,6 +200,16 @@ async def test_lag_pursues_one_end_at_a_time() -> None:
 def test_back_off_grows_and_stays_bounded() -> None:
     assert 0.05 <= back_off(0.1, 30, 0) <= 0.1
     assert 15 <= back_off(0.1, 30, 50) <= 30
+
+
+async def test_a_success_ends_the_row_of_failures() -> None:
+    failures = Failures(0.0, 0.0)
+    for count in (1, 2, 3):
+        await failures.pause()
+        assert failures.count == count
+    failures.end()
+    await failures.pause()
+    assert failures.count == 1
 
 
 def test_fail_points_count_down_and_disarm() -> None:
