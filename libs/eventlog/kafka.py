@@ -12,8 +12,9 @@ import asyncio
 import contextlib
 import logging
 import ssl
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
@@ -73,7 +74,7 @@ away for a while answers at first that its cluster has none."""
 _MAX_BATCH_BYTES = 900_000
 _CLOSE_WITHIN_S = 2.0
 _background: set[asyncio.Task[None]] = set()
-"""Clients being stopped, and steps that took too long: each is cancelled until it has ended."""
+"""Clients being stopped, and steps that took too long being cancelled until they end."""
 
 
 class KafkaLog:
@@ -98,13 +99,9 @@ class KafkaLog:
             max_batch_size=_MAX_BATCH_BYTES,
         )
         try:
-            await within(self.times.request_ms / 1000, producer.start())
+            await within(self.times.request_ms / 1000, producer.start(), partial(discard, producer))
         except FAILURES as error:  # a TimeoutError is an OSError
-            await close(producer.stop())
             raise LogError(f"{transactional_id}: {error!r}") from error
-        except asyncio.CancelledError:
-            await close(producer.stop())
-            raise
         return KafkaAppender(producer, transactional_id, self.times)
 
     async def open_tail(self, positions: Mapping[TopicPartition, int]) -> KafkaTail:
@@ -193,30 +190,60 @@ class KafkaLog:
         return AIOKafkaConsumer(**(self._common | defaults | options))
 
 
-async def within(seconds: float, step: Coroutine[Any, Any, T]) -> T:
-    """What the step returns, or `TimeoutError`.
+async def nothing() -> None:
+    """Nothing is to be cleaned up."""
+
+
+async def within(
+    seconds: float, step: Coroutine[Any, Any, T], clean_up: Callable[[], Coroutine[Any, Any, None]] = nothing
+) -> T:
+    """What the step returns, or `TimeoutError`; without a result, `clean_up` once the step has really ended.
 
     In a task of its own: aiokafka may lose the cancellation of a time-out, and whoever waits must go on all the same.
+    The step may then even succeed, and nobody knows of what it made.
     """
     task = asyncio.create_task(step)
+    returned = False
     try:
         await asyncio.wait({task}, timeout=seconds)
         if not task.done():
             raise TimeoutError(f"not done within {seconds:g} s")
-        return task.result()
+        result = task.result()
+        returned = True
+        return result
     finally:
-        if not task.done():
-            ending = asyncio.create_task(end(task))
-            _background.add(ending)
-            ending.add_done_callback(_background.discard)
+        if not returned:
+            _in_background(_give_up(task, clean_up))
+
+
+async def _give_up(task: asyncio.Task[Any], clean_up: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    await end(task)
+    await clean_up()
+
+
+def _in_background(body: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.create_task(body)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
+    return task
 
 
 async def close(stopping: Coroutine[Any, Any, None]) -> None:
     """Stop a client whose broker may be gone: bounded, no reason to fail, and not given up when the caller is."""
-    task = asyncio.create_task(_bounded(stopping))
-    _background.add(task)
-    task.add_done_callback(_background.discard)
-    await asyncio.wait({task})
+    await asyncio.wait({_in_background(_bounded(stopping))})
+
+
+async def discard(producer: AIOKafkaProducer) -> None:
+    """Stop a producer whole. Its own `stop`, given up halfway, leaves what sends and what is connected as they are."""
+    await close(producer.stop())
+    _in_background(_abandon(producer))
+
+
+async def _abandon(producer: AIOKafkaProducer) -> None:
+    sending = producer._sender.sender_task  # noqa: SLF001
+    if sending is not None:
+        await end(sending)
+    await close(producer.client.close())
 
 
 async def _bounded(stopping: Coroutine[Any, Any, None]) -> None:
@@ -308,7 +335,7 @@ class KafkaAppender:
                 raise result
 
     async def close(self) -> None:
-        await close(self._producer.stop())
+        await discard(self._producer)
 
 
 class KafkaTail:

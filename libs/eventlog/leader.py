@@ -152,7 +152,7 @@ class Leadership(Generic[S]):
                     ],
                 )
             ],
-            # Brokers have lost markers (decision 10): this one then ends what a predecessor's batch left open.
+            # Brokers have lost markers (docs/decisions/0010): this one then ends what a predecessor's batch left open.
             touch=[TopicPartition(public_topic(self.config.env, self.replica.service), self.partition)],
         )
         await appender.commit()

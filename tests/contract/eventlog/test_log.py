@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import pytest
 
 from libs.eventlog.config import events_topic, public_topic
-from libs.eventlog.kafka import KafkaTail
+from libs.eventlog.kafka import KafkaAppender, KafkaTail
 from libs.eventlog.memory import MemoryLog
 from libs.eventlog.ports import Appender, FencedError, LogError, NewRecord, Record, Tail, TopicPartition
-from tests.contract.eventlog.support import World, soon
+from tests.contract.eventlog.support import World, eventually, soon
 
 
 def topic_of(world: World) -> str:
@@ -161,6 +161,28 @@ async def test_records_of_two_topics_are_one_transaction(world: World) -> None:
     assert sorted(values(await read(tail, 2))) == ["private", "public"]
     for closing in (appender, successor, tail):
         await closing.close()
+
+
+async def test_an_appender_whose_stop_hangs_is_closed_whole(
+    kafka_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at a broker that is away. What sends would go on for ever, on connections of its own."""
+    monkeypatch.setattr("libs.eventlog.kafka._CLOSE_WITHIN_S", 0.1)
+    appender = await kafka_world.log().open_appender(f"{kafka_world.env}.registry.0")
+    assert isinstance(appender, KafkaAppender)
+    await append(appender, record(kafka_world, "a"))
+    producer = appender._producer
+    stop = producer.stop
+    monkeypatch.setattr(producer, "stop", asyncio.Event().wait)
+    await appender.close()
+    await eventually(
+        lambda: (
+            producer._sender.sender_task.done()
+            and producer.client._sync_task is None
+            and not any(connection.connected() for connection in producer.client._conns.values())
+        )
+    )
+    await stop()
 
 
 async def test_a_tail_is_closed_whole_while_a_fetch_of_it_waits_to_be_tried_again(kafka_world: World) -> None:

@@ -58,25 +58,6 @@ def test_an_old_java_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         servers.server_specs(load({}, tmp_path), KEYS, _quiet)
 
 
-@pytest.mark.parametrize(
-    ("written_by", "said"), [("", "another version of Kafka"), ("99.0.0", "Kafka 99.0.0"), ("4.10.1", "Kafka 4.10.1")]
-)
-def test_data_of_a_newer_kafka_are_one_line_that_says_what_to_do(written_by: str, said: str, tmp_path: Path) -> None:
-    stamp = tmp_path / "kafka.version"
-    if written_by:
-        stamp.write_text(f"{written_by}\n")
-    with pytest.raises(StackError, match="make clean") as caught:
-        servers._check_kafka_data(tmp_path, stamp)
-    assert said in caught.value.line
-
-
-@pytest.mark.parametrize("written_by", ["4.0.2", servers.kafka_version()])
-def test_data_of_an_older_kafka_are_read(written_by: str, tmp_path: Path) -> None:
-    stamp = tmp_path / "kafka.version"
-    stamp.write_text(f"{written_by}\n")
-    servers._check_kafka_data(tmp_path, stamp)
-
-
 def test_somebody_elses_servers_are_not_started(tmp_path: Path) -> None:
     given = {
         "GROUNDSWELL_KAFKA": "127.0.0.1:1",

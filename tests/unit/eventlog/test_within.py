@@ -55,6 +55,50 @@ async def test_a_step_that_loses_its_cancellation_holds_nobody_up(monkeypatch: p
     assert deaf.lost == 2, "it is cancelled until it has ended"
 
 
+async def test_what_was_given_up_and_succeeds_all_the_same_is_cleaned_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A producer that starts after all would hold connections for ever, and fence whoever came after it."""
+    monkeypatch.setattr(ending, "AGAIN_S", 60.0)
+    story: list[str] = []
+    cleaned = asyncio.Event()
+
+    async def start() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            story.append("lost")
+        await asyncio.sleep(0)
+        story.append("started")
+
+    async def clean_up() -> None:
+        story.append("cleaned up")
+        cleaned.set()
+
+    with pytest.raises(TimeoutError):
+        await within(0.01, start(), clean_up)
+    async with asyncio.timeout(5.0):
+        await cleaned.wait()
+    assert story == ["lost", "started", "cleaned up"]
+
+
+async def test_what_failed_is_cleaned_up_and_what_was_returned_is_not() -> None:
+    cleaned = asyncio.Event()
+
+    async def clean_up() -> None:
+        cleaned.set()
+
+    async def fail() -> None:
+        raise ValueError("of its own")
+
+    await within(5.0, asyncio.sleep(0), clean_up)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not cleaned.is_set()
+    with pytest.raises(ValueError, match="of its own"):
+        await within(5.0, fail(), clean_up)
+    async with asyncio.timeout(5.0):
+        await cleaned.wait()
+
+
 async def test_a_caller_that_is_cancelled_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ending, "AGAIN_S", 0.05)
     deaf = Deaf()
