@@ -287,8 +287,8 @@ class KafkaAppender:
     def epoch(self) -> int:
         return self._epoch
 
-    async def stage(self, records: Sequence[NewRecord], touch: Sequence[TopicPartition] = ()) -> None:
-        await self._settle(self._stage(records, touch))
+    async def stage(self, records: Sequence[NewRecord]) -> None:
+        await self._settle(self._stage(records))
 
     async def commit(self) -> None:
         await self._settle(self._producer.commit_transaction())
@@ -305,13 +305,10 @@ class KafkaAppender:
         except Exception as error:
             raise UnknownOutcomeError(f"{self._id}: {error!r}") from error
 
-    async def _stage(self, records: Sequence[NewRecord], touch: Sequence[TopicPartition]) -> None:
+    async def _stage(self, records: Sequence[NewRecord]) -> None:
         """Whole batches, built here: one future per batch instead of one per record."""
         producer = self._producer
         await producer.begin_transaction()
-        for touched in touch:
-            # Nothing is sent there, so there is no public way to say it.
-            producer._txn_manager.maybe_add_partition_to_txn(KafkaPlace(*touched))  # noqa: SLF001
         batches: dict[tuple[str, int], list[Any]] = {}
         for topic, partition, key, value, headers in records:
             place = (topic, partition)

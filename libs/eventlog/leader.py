@@ -20,7 +20,7 @@ from libs.eventlog import failpoints
 from libs.eventlog.codec import ENVELOPE, EVENT_TYPE, new_id
 from libs.eventlog.config import RuntimeConfig, events_topic, public_topic
 from libs.eventlog.model import Token
-from libs.eventlog.ports import Appender, EventLog, FencedError, LogError, NewRecord, TopicPartition
+from libs.eventlog.ports import Appender, EventLog, FencedError, LogError, NewRecord
 from libs.eventlog.replica import HaltedError, Replica
 from libs.eventlog.work import NOTHING, BeatWork, CommandWork, Outcome, Work
 from libs.eventlog.working import InternalError, Working, Writer
@@ -151,9 +151,7 @@ class Leadership(Generic[S]):
                         (EVENT_TYPE, pb.LeaderClaimed.DESCRIPTOR.full_name.encode()),
                     ],
                 )
-            ],
-            # Brokers have lost markers (docs/decisions/0010): this one then ends what a predecessor's batch left open.
-            touch=[TopicPartition(public_topic(self.config.env, self.replica.service), self.partition)],
+            ]
         )
         await appender.commit()
         committed_ms = self.config.wall_clock_ms()
@@ -172,7 +170,7 @@ class Leadership(Generic[S]):
         """Holding the claim is holding all before it: every predecessor was fenced before it was written.
 
         However long there is something to read. A tail that stands still at the end of the log, without the claim, is
-        held back by a transaction whose marker was lost; the next claim's marker ends that one too.
+        held back by a transaction whose marker was lost (docs/decisions/0010); that of the next claim ends both.
         """
         while True:
             before = self.replica.next_position

@@ -247,10 +247,10 @@ class MemoryAppender:
         if self._producer.epoch != self._epoch:
             raise FencedError(f"{self._id}: epoch {self._epoch} was succeeded by {self._producer.epoch}")
 
-    async def stage(self, records: Sequence[NewRecord], touch: Sequence[TopicPartition] = ()) -> None:
+    async def stage(self, records: Sequence[NewRecord]) -> None:
         await self._log.step("stage", self._id)
         self._check()
-        transaction = _Transaction(monotonic(), self.producer_id, places=set(touch))
+        transaction = _Transaction(monotonic(), self.producer_id)
         self._producer.open = transaction
         for record in records:
             self._log.write(transaction, record)

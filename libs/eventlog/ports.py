@@ -75,11 +75,11 @@ class Appender(Protocol):
     @property
     def epoch(self) -> int: ...
 
-    async def stage(self, records: Sequence[NewRecord], touch: Sequence[TopicPartition] = ()) -> None:
+    async def stage(self, records: Sequence[NewRecord]) -> None:
         """Open a transaction and write the records; returns when the log holds them, uncommitted.
 
-        The end of the transaction is marked in the places of the records, and in those of `touch` too. A marker also
-        ends there whatever the same transactional id left open before, however that came about.
+        The end of the transaction is marked where the records are. A marker also ends there whatever the same
+        transactional id left open before, however that came about.
 
         Raises `FencedError` or `UnknownOutcomeError`; either way this appender is dead.
         """

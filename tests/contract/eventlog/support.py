@@ -252,9 +252,9 @@ class SteeredAppender:
     def epoch(self) -> int:
         return self._inner.epoch
 
-    async def stage(self, records: Sequence[NewRecord], touch: Sequence[TopicPartition] = ()) -> None:
+    async def stage(self, records: Sequence[NewRecord]) -> None:
         await self._log.step("stage")
-        await self._inner.stage(records, touch)
+        await self._inner.stage(records)
         await self._log.step("staged")
 
     async def commit(self) -> None:
